@@ -8,6 +8,8 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/precache/precache-agent/internal/manifest"
 )
 
 const (
@@ -29,9 +31,11 @@ const (
 
 // An Image is what an archive says of its image, every digest of it verified.
 type Image struct {
-	Manifest   []byte        // as the reference names it; a list or index for an image of several architectures
-	Digest     digest.Digest // of Manifest
-	Instance   []byte        // the manifest for this machine; Manifest itself unless that is a list
+	Of         manifest.Image // which image of the set it is
+	Path       string         // of the archive, without suffix: its scope in policy.json
+	Manifest   []byte         // as the reference names it; a list or index for an image of several architectures
+	Digest     digest.Digest  // of Manifest
+	Instance   []byte         // the manifest for this machine; Manifest itself unless that is a list
 	Config     []byte
 	Layers     []Layer // base first
 	Signatures []Signature

@@ -42,7 +42,11 @@ type Archive struct {
 
 	part   *Partition
 	folder bool
+	read   atomic.Int64
 }
+
+// BytesRead is how many bytes of the archive have been read so far.
+func (a *Archive) BytesRead() int64 { return a.read.Load() }
 
 // Find returns the archive of img: the first file or folder that there is
 // under its names. The error's reason is MissingArchive if there is none.
@@ -111,14 +115,14 @@ func (a *Archive) open(ctx context.Context, name string) (*file, error) {
 	if err != nil {
 		return nil, fault(ReadFailed, "open: %w", err)
 	}
-	return &file{ctx: ctx, f: f, count: &a.part.read}, nil
+	return &file{ctx: ctx, f: f, a: a}, nil
 }
 
 // A file counts what is read of it, stops when its context does, and marks its errors as the partition's.
 type file struct {
-	ctx   context.Context
-	f     *os.File
-	count *atomic.Int64
+	ctx context.Context
+	f   *os.File
+	a   *Archive
 }
 
 func (r *file) Read(p []byte) (int, error) {
@@ -126,7 +130,8 @@ func (r *file) Read(p []byte) (int, error) {
 		return 0, err
 	}
 	n, err := r.f.Read(p)
-	r.count.Add(int64(n))
+	r.a.read.Add(int64(n))
+	r.a.part.read.Add(int64(n))
 	if err != nil && err != io.EOF {
 		err = &Error{ReadFailed, err}
 	}

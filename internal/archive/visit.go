@@ -37,7 +37,7 @@ type Visitor interface {
 // when v wants no more, and reads the archive a second time only for layers
 // that passed by before it was known that they are needed.
 func (a *Archive) Visit(ctx context.Context, img manifest.Image, v Visitor) (*Image, error) {
-	s := &visit{a: a, ctx: ctx, v: v, tenant: &tenant{room: a.part.Room}, l: newLayout(img), must: map[string]bool{}}
+	s := &visit{a: a, of: img, ctx: ctx, v: v, tenant: &tenant{room: a.part.Room}, l: newLayout(img), must: map[string]bool{}}
 	_, s.need = s.l.resolve()
 	for {
 		s.skipped = false
@@ -82,6 +82,7 @@ func (nothing) More() bool              { return false }
 // A visit is the state of one Visit, over all its passes.
 type visit struct {
 	a      *Archive
+	of     manifest.Image
 	ctx    context.Context
 	v      Visitor
 	tenant *tenant
@@ -191,6 +192,7 @@ func (s *visit) resolve() error {
 		return nil
 	}
 	s.img = img
+	img.Of, img.Path = s.of, s.a.Path()
 	if err := s.v.Resolved(img); err != nil {
 		return err
 	}

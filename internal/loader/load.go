@@ -1,0 +1,371 @@
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/precache/precache-agent/internal/archive"
+	"github.com/precache/precache-agent/internal/manifest"
+)
+
+const (
+	maxJobs     = 8        // what fits in the memory that the agent allows itself
+	maxHeld     = 16 << 20 // bytes of metadata of images that wait for layers or for the committer
+	maxBatch    = 64       // images committed at once
+	firstPause  = 500 * time.Millisecond
+	defaultTrys = 3
+)
+
+// Options say what is loaded, from where, to where. Zero fields are defaults.
+type Options struct {
+	Images    []manifest.Image
+	Partition *archive.Partition
+	Store     Store
+	Jobs      int         // archives read at once; 0: the CPUs that may be used
+	Attempts  int         // of an image whose failure may pass; 0: 3
+	Report    func(Event) // called by one goroutine at a time
+}
+
+// Load loads the images that are not in the store. It returns when all of them
+// are there or have failed, each of which was reported; the error is for what
+// kept it from trying. When ctx ends, what is complete is committed, what is
+// staged is kept for the next run, and the rest fails as interrupted.
+func Load(ctx context.Context, o Options) (Summary, error) {
+	if o.Jobs <= 0 {
+		o.Jobs = runtime.GOMAXPROCS(0)
+	}
+	if o.Attempts <= 0 {
+		o.Attempts = defaultTrys
+	}
+	if o.Report == nil {
+		o.Report = func(Event) {}
+	}
+	l := &load{
+		o: o, ctx: ctx, began: time.Now(),
+		layers: map[digest.Digest]*needed{},
+		blobs:  map[digest.Digest]digest.Digest{},
+	}
+	l.cond = sync.NewCond(&l.mu)
+	l.sum.Images = len(o.Images)
+
+	present, err := o.Store.Present(ctx, o.Images)
+	if err != nil {
+		return l.sum, fmt.Errorf("look into store: %w", err)
+	}
+	for i, img := range o.Images {
+		if present[i] {
+			l.sum.Present++
+			l.report(Event{State: Present, Ref: img.Ref})
+			continue
+		}
+		l.queue = append(l.queue, &item{img: img})
+	}
+	l.open = len(l.queue)
+	if l.open > 0 {
+		l.run(min(o.Jobs, maxJobs, l.open))
+	}
+	if ctx.Err() == nil {
+		if err := o.Store.Unstage(); err != nil {
+			return l.sum, fmt.Errorf("remove what was staged for failed images: %w", err)
+		}
+	}
+	l.sum.BytesRead = o.Partition.BytesRead()
+	l.sum.LayersShared = max(0, l.uses-l.sum.LayersWritten)
+	l.sum.Took = time.Since(l.began)
+	l.report(Event{State: Summed, Bytes: l.sum.BytesRead, Took: l.sum.Took, Summary: &l.sum})
+	return l.sum, nil
+}
+
+// A load is the state of one Load.
+type load struct {
+	o     Options
+	ctx   context.Context
+	began time.Time
+
+	reporting sync.Mutex
+
+	mu     sync.Mutex
+	cond   *sync.Cond
+	queue  []*item // to be read
+	ready  []*item // to be committed
+	open   int     // items neither loaded nor failed
+	held   int64   // bytes of metadata that items hold
+	layers map[digest.Digest]*needed
+	blobs  map[digest.Digest]digest.Digest // diffIDs of the layers that are known to be needed
+	sum    Summary
+	uses   int // layers of loaded images
+}
+
+// An item is an image on its way.
+type item struct {
+	img      manifest.Image
+	archive  *archive.Archive
+	meta     *archive.Image  // nil: not read yet, or given up for its memory
+	need     []digest.Digest // diffIDs of the layers that have to be staged for it
+	started  time.Time
+	attempts int
+}
+
+// A needed layer is one that has to be staged.
+type needed struct {
+	state   layerState
+	waiters []*item
+}
+
+type layerState int
+
+const (
+	free layerState = iota // to be taken by the next archive that has it
+	busy                   // some worker is extracting it
+	done                   // staged
+)
+
+func (l *load) report(e Event) {
+	l.reporting.Lock()
+	defer l.reporting.Unlock()
+	l.o.Report(e)
+}
+
+func (l *load) run(jobs int) {
+	if !l.o.Store.Parallel() {
+		jobs = 1
+	}
+	stop := context.AfterFunc(l.ctx, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.cond.Broadcast()
+	})
+	defer stop()
+	var wg sync.WaitGroup
+	for range jobs {
+		wg.Go(l.work)
+	}
+	wg.Go(l.commit)
+	wg.Wait()
+}
+
+// work reads archives until every image has its end.
+func (l *load) work() {
+	for {
+		l.mu.Lock()
+		for len(l.queue) == 0 && l.open > 0 {
+			l.cond.Wait()
+		}
+		if l.open == 0 {
+			l.mu.Unlock()
+			return
+		}
+		it := l.queue[0]
+		l.queue = l.queue[1:]
+		l.mu.Unlock()
+		l.read(it)
+	}
+}
+
+// read reads one archive and decides what becomes of its image.
+func (l *load) read(it *item) {
+	err := l.ctx.Err()
+	if err == nil && it.started.IsZero() {
+		it.started = time.Now()
+		l.report(Event{State: Started, Ref: it.img.Ref})
+	}
+	if err == nil && it.archive == nil {
+		it.archive, err = l.o.Partition.Find(it.img)
+	}
+	if err == nil {
+		if l.o.Store.Parallel() {
+			_, err = it.archive.Visit(l.ctx, it.img, &visitor{l, it})
+		} else {
+			err = l.inOrder(it)
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err != nil {
+		l.failed(it, err)
+		return
+	}
+	l.settle(it)
+}
+
+// settle decides, with l.mu held, what comes next for an item that was read.
+func (l *load) settle(it *item) {
+	var busyLayer *needed
+	for _, d := range it.need {
+		switch layer := l.layers[d]; layer.state {
+		case free: // the copy that this one was skipped for was bad, or it is not in this archive
+			if it.meta != nil && slices.ContainsFunc(it.meta.Missing, func(blob digest.Digest) bool { return l.blobs[blob] == d }) {
+				l.failed(it, &archive.Error{Reason: archive.CorruptArchive, Err: fmt.Errorf("read %s: layer %s is missing", it.archive.Name, d)})
+				return
+			}
+			l.drop(it)
+			l.again(it)
+			return
+		case busy:
+			busyLayer = layer
+		}
+	}
+	switch {
+	case busyLayer != nil:
+		busyLayer.waiters = append(busyLayer.waiters, it)
+		if l.held > maxHeld {
+			l.drop(it)
+		}
+	case it.meta == nil:
+		l.again(it)
+	default:
+		l.ready = append(l.ready, it)
+		l.cond.Broadcast()
+		// The committer makes room, and it waits for nobody.
+		for l.held > maxHeld && l.open > 0 && len(l.ready) > 0 {
+			l.cond.Wait()
+		}
+	}
+}
+
+func (l *load) again(it *item) {
+	l.queue = append([]*item{it}, l.queue...)
+	l.cond.Broadcast()
+}
+
+func (l *load) hold(it *item, img *archive.Image) {
+	it.meta = img
+	l.held += img.Bytes()
+}
+
+func (l *load) drop(it *item) {
+	if it.meta != nil {
+		l.held -= it.meta.Bytes()
+		it.meta = nil
+	}
+}
+
+// became tells, with l.mu held, those who wait for a layer that it is done, or free again.
+func (l *load) became(d digest.Digest, state layerState) {
+	layer := l.layers[d]
+	layer.state = state
+	waiters := layer.waiters
+	layer.waiters = nil
+	for _, it := range waiters {
+		l.settle(it)
+	}
+	l.cond.Broadcast()
+}
+
+// failed retries an item later or gives it up, with l.mu held.
+func (l *load) failed(it *item, err error) {
+	l.drop(it)
+	reason := reasonOf(err)
+	if l.ctx.Err() != nil {
+		reason = archive.Interrupted
+	}
+	it.attempts++
+	e := Event{State: Failed, Ref: it.img.Ref, Err: err, Reason: reason}
+	if it.archive != nil {
+		e.Bytes = it.archive.BytesRead()
+	}
+	if !it.started.IsZero() {
+		e.Took = time.Since(it.started)
+	}
+	if mayPass(reason) && it.attempts < l.o.Attempts {
+		e.State = Retrying
+		l.report(e)
+		go func() {
+			select {
+			case <-time.After(firstPause << (it.attempts - 1)):
+			case <-l.ctx.Done():
+			}
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			l.again(it)
+		}()
+		return
+	}
+	l.sum.Failed++
+	l.report(e)
+	l.open--
+	l.cond.Broadcast()
+}
+
+// commit puts what is ready into the store, batch by batch, until every image has its end.
+func (l *load) commit() {
+	// What is complete is committed even after ctx has ended.
+	ctx := context.WithoutCancel(l.ctx)
+	for {
+		l.mu.Lock()
+		for len(l.ready) == 0 && l.open > 0 {
+			l.cond.Wait()
+		}
+		if len(l.ready) == 0 {
+			l.mu.Unlock()
+			return
+		}
+		n := min(len(l.ready), maxBatch)
+		batch := slices.Clone(l.ready[:n])
+		l.ready = slices.Delete(l.ready, 0, n)
+		l.mu.Unlock()
+
+		errs := l.commitBatch(ctx, batch)
+		l.mu.Lock()
+		for i, it := range batch {
+			l.committed(it, errs[i])
+		}
+		l.cond.Broadcast()
+		l.mu.Unlock()
+	}
+}
+
+func (l *load) commitBatch(ctx context.Context, batch []*item) []error {
+	images := make([]*archive.Image, len(batch))
+	for i, it := range batch {
+		images[i] = it.meta
+	}
+	all := func(err error) []error {
+		errs := make([]error, len(batch))
+		for i := range errs {
+			errs[i] = err
+		}
+		return errs
+	}
+	// Whole before it is committed, durable before it is called loaded.
+	if err := l.o.Store.Sync(ctx); err != nil {
+		return all(err)
+	}
+	errs := l.o.Store.Commit(ctx, images)
+	if err := l.o.Store.Sync(ctx); err != nil {
+		return all(err)
+	}
+	return errs
+}
+
+// committed decides, with l.mu held, what comes of an item that was committed or not.
+func (l *load) committed(it *item, err error) {
+	var needs interface{ Needed() []digest.Digest }
+	if errors.As(err, &needs) && it.attempts+1 < l.o.Attempts {
+		it.attempts++
+		for _, d := range needs.Needed() {
+			if layer := l.layers[d]; layer != nil && layer.state == done {
+				layer.state = free
+			}
+		}
+		l.drop(it)
+		l.again(it)
+		return
+	}
+	if err != nil {
+		l.failed(it, err)
+		return
+	}
+	l.uses += len(it.meta.Layers)
+	l.drop(it)
+	l.sum.Loaded++
+	l.open--
+	l.report(Event{State: Loaded, Ref: it.img.Ref, Bytes: it.archive.BytesRead(), Took: time.Since(it.started)})
+}

@@ -1,0 +1,442 @@
+package storage
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/containers/storage"
+	drivers "github.com/containers/storage/drivers"
+	"github.com/containers/storage/pkg/idtools"
+	"github.com/containers/storage/pkg/ioutils"
+	"github.com/containers/storage/pkg/lockfile"
+	"github.com/opencontainers/go-digest"
+	"github.com/vbatts/tar-split/tar/asm"
+	tsstorage "github.com/vbatts/tar-split/tar/storage"
+	"golang.org/x/sys/unix"
+
+	"github.com/precache/precache-agent/internal/archive"
+)
+
+// A NeedError says that layers are neither staged nor in the store after all.
+type NeedError struct{ DiffIDs []digest.Digest }
+
+// Needed returns the layers, by diffID.
+func (e *NeedError) Needed() []digest.Digest { return e.DiffIDs }
+
+func (e *NeedError) Error() string {
+	return fmt.Sprintf("layer %s is neither staged nor in the store", e.DiffIDs[0])
+}
+
+// layerID is the ID that containers-storage gives a layer: it says where in a
+// chain the layer is (containers/image, storage/storage_dest.go).
+func layerID(parent string, diffID digest.Digest) string {
+	if parent == "" {
+		return diffID.Encoded()
+	}
+	return digest.FromString(parent + "+" + diffID.Encoded()).Encoded()
+}
+
+// chain returns the IDs of an image's layers, base first.
+func chain(layers []archive.Layer) []string {
+	ids := make([]string, len(layers))
+	parent := ""
+	for i, l := range layers {
+		ids[i] = layerID(parent, l.DiffID)
+		parent = ids[i]
+	}
+	return ids
+}
+
+// Missing returns the diffIDs of an image's layers that must be read from an
+// archive: they are not in the store at their place, not staged, and not in
+// the store at another place, from where they could be copied.
+func (s *Store) Missing(_ context.Context, layers []archive.Layer) ([]digest.Digest, error) {
+	var missing []digest.Digest
+	for i, id := range chain(layers) {
+		d := layers[i].DiffID
+		if s.store.Exists(id) || s.pick(d, nil) != nil {
+			continue
+		}
+		if source, err := s.copySource(d); err != nil {
+			return nil, err
+		} else if source == "" {
+			missing = append(missing, d)
+		}
+	}
+	return missing, nil
+}
+
+// copySource returns a layer of the store with the same content, or "".
+func (s *Store) copySource(d digest.Digest) (string, error) {
+	s.mu.Lock()
+	broken := s.broken[d]
+	s.mu.Unlock()
+	if broken || !s.Parallel() {
+		return "", nil
+	}
+	all, err := s.store.LayersByUncompressedDigest(d)
+	if err != nil && !errors.Is(err, storage.ErrLayerUnknown) {
+		return "", fmt.Errorf("look for layer %s: %w", d, err)
+	}
+	for _, l := range all {
+		if _, err := os.Stat(s.splitPath(l.ID)); err == nil {
+			return l.ID, nil
+		}
+	}
+	return "", nil
+}
+
+func (s *Store) splitPath(id string) string { return filepath.Join(s.layers(), id+".tar-split.gz") }
+
+// Sync returns when all that was written to the store before survives a power
+// cut (syncfs(2); errors of writing back are reported from Linux 5.8 on).
+func (s *Store) Sync(context.Context) error {
+	f, err := os.Open(s.graphRoot)
+	if err != nil {
+		return fmt.Errorf("open %s: %w", s.graphRoot, err)
+	}
+	defer f.Close()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		return fmt.Errorf("sync %s: %w", s.graphRoot, err)
+	}
+	return nil
+}
+
+// Commit puts images into the store: their layers, parents first, then the
+// records and the names. The policy is asked before anything of an image is
+// committed. The errors are in the order of the images; nil means that the
+// image is in the store under all its names. An error has left nothing of its
+// image but whole layers.
+func (s *Store) Commit(ctx context.Context, images []*archive.Image) []error {
+	errs := make([]error, len(images))
+	records := make([]*record, len(images))
+	for i, img := range images {
+		if records[i], errs[i] = s.prepare(ctx, img); errs[i] == nil {
+			errs[i] = s.copies(ctx, img, images[:i], errs)
+		}
+		defer records[i].close()
+	}
+	if s.Parallel() {
+		s.commitLayers(images, errs)
+	}
+	for i := range images {
+		if errs[i] == nil {
+			errs[i] = s.write(ctx, records[i], images[i])
+		}
+	}
+	return errs
+}
+
+// copies stages again what images before this one will take away: the same
+// content at another place in a chain is another layer.
+func (s *Store) copies(ctx context.Context, img *archive.Image, before []*archive.Image, errs []error) error {
+	if !s.Parallel() {
+		return nil
+	}
+	taken := map[string]bool{}      // IDs that the images before will have committed
+	uses := map[digest.Digest]int{} // staged layers that they use
+	count := func(layers []archive.Layer) (need []archive.Layer) {
+		for i, id := range chain(layers) {
+			if taken[id] || s.store.Exists(id) {
+				continue
+			}
+			taken[id] = true
+			uses[layers[i].DiffID]++
+			need = append(need, layers[i])
+		}
+		return need
+	}
+	for i, b := range before {
+		if errs[i] == nil {
+			count(b.Layers)
+		}
+	}
+	for _, l := range count(img.Layers) {
+		s.mu.Lock()
+		have := len(s.staged[l.DiffID])
+		s.mu.Unlock()
+		for ; have < uses[l.DiffID]; have++ {
+			if err := s.copyLayer(ctx, l); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// copyLayer stages a layer once more, from where it is staged or in the store.
+func (s *Store) copyLayer(ctx context.Context, layer archive.Layer) error {
+	need := &NeedError{[]digest.Digest{layer.DiffID}}
+	var tree, split string
+	var like staged
+	if l := s.pick(layer.DiffID, nil); l != nil {
+		tree, split, like = filepath.Join(l.path, treeName), filepath.Join(l.path, splitName), *l
+	} else {
+		id, err := s.copySource(layer.DiffID)
+		if err != nil {
+			return err
+		}
+		if id == "" {
+			return need
+		}
+		from, err := s.store.Layer(id)
+		if err != nil {
+			return fmt.Errorf("look for layer %s: %w", id, err)
+		}
+		tree, split = filepath.Join(s.home(), id, "diff"), s.splitPath(id)
+		like = staged{Blob: from.CompressedDigest, BlobSize: from.CompressedSize, Compression: from.CompressionType}
+	}
+	pr, pw := io.Pipe()
+	done := make(chan error, 1)
+	go func() {
+		err := assemble(pw, tree, split)
+		pw.CloseWithError(err)
+		done <- err
+	}()
+	l, err := s.extract(layer.DiffID, pr)
+	pr.Close()
+	<-done
+	if err != nil {
+		if ctx.Err() != nil || errors.Is(err, syscall.ENOSPC) {
+			return fmt.Errorf("copy layer %s: %w", layer.DiffID, err)
+		}
+		s.mu.Lock()
+		s.broken[layer.DiffID] = true // do not try it again, read it from an archive
+		s.mu.Unlock()
+		return need
+	}
+	l.Blob, l.BlobSize, l.Compression = like.Blob, like.BlobSize, like.Compression
+	return s.mark(l)
+}
+
+// assemble writes the tar that a layer was made of.
+func assemble(w io.Writer, tree, split string) error {
+	f, err := os.Open(split)
+	if err != nil {
+		return fmt.Errorf("open tar-split: %w", err)
+	}
+	defer f.Close()
+	plain, err := gunzip(f)
+	if err != nil {
+		return fmt.Errorf("read tar-split: %w", err)
+	}
+	root, err := os.Open(tree)
+	if err != nil {
+		return fmt.Errorf("open layer: %w", err)
+	}
+	defer root.Close()
+	return inRoot(root, func() error {
+		return asm.WriteOutputTarStream(tsstorage.NewPathFileGetter("/"), tsstorage.NewJSONUnpacker(plain), w)
+	})
+}
+
+// A placement is a layer that a batch brings, and where it belongs.
+type placement struct {
+	layer  storage.Layer
+	staged *staged
+	users  []int // images of the batch that need it
+	err    error
+}
+
+// commitLayers moves what the images need from the staging folder into the
+// store. It writes layers.json twice for all of them, where the library writes
+// it three times a layer: first with every new layer flagged incomplete, so
+// that whoever comes after a crash removes it, then without.
+func (s *Store) commitLayers(images []*archive.Image, errs []error) {
+	fail := func(err error) {
+		for i := range errs {
+			if errs[i] == nil {
+				errs[i] = err
+			}
+		}
+	}
+	// The library's own lock: GetLockFile returns the same object for the same
+	// path, so this excludes the rest of this process as well as others.
+	lock, err := lockfile.GetLockFile(filepath.Join(s.layers(), "layers.lock"))
+	if err != nil {
+		fail(fmt.Errorf("open lock of layers: %w", err))
+		return
+	}
+	lock.Lock()
+	defer lock.Unlock()
+	index, err := readIndex(filepath.Join(s.layers(), "layers.json"), lock)
+	if err != nil {
+		fail(err)
+		return
+	}
+	plan := s.plan(index, images, errs)
+	if len(plan) == 0 {
+		return
+	}
+	if err := index.write(plan, true); err != nil {
+		fail(err)
+		return
+	}
+	err = withoutMount(s.home(), func() error {
+		bad := map[string]bool{}
+		for _, p := range plan {
+			if bad[p.layer.Parent] {
+				p.err = fmt.Errorf("its parent was not committed")
+			} else {
+				p.err = s.place(p)
+			}
+			bad[p.layer.ID] = p.err != nil
+		}
+		return nil
+	})
+	whole := plan[:0:0]
+	for _, p := range plan {
+		if err != nil && p.err == nil {
+			p.err = err
+		}
+		if p.err == nil {
+			whole = append(whole, p)
+			continue
+		}
+		for _, i := range p.users {
+			if errs[i] == nil {
+				errs[i] = fmt.Errorf("commit layer %s: %w", p.layer.UncompressedDigest, p.err)
+			}
+		}
+	}
+	if err := index.write(whole, false); err != nil {
+		fail(err)
+	}
+}
+
+// plan says which layers the images bring, parents first.
+func (s *Store) plan(index *layerIndex, images []*archive.Image, errs []error) []*placement {
+	var plan []*placement
+	at := map[string]*placement{}
+	used := map[*staged]bool{}
+	now := time.Now().UTC()
+	for n, img := range images {
+		if errs[n] != nil {
+			continue
+		}
+		parent := ""
+		for i, id := range chain(img.Layers) {
+			l := img.Layers[i]
+			p := at[id]
+			if p == nil && !index.has[id] {
+				from := s.pick(l.DiffID, used)
+				if from == nil {
+					errs[n] = &NeedError{[]digest.Digest{l.DiffID}}
+					break
+				}
+				used[from] = true
+				p = &placement{staged: from, layer: storage.Layer{
+					ID: id, Parent: parent, Created: now,
+					CompressedDigest: from.Blob, CompressedSize: from.BlobSize, CompressionType: from.Compression,
+					UncompressedDigest: from.DiffID, UncompressedSize: from.Size,
+					UIDs: from.UIDs, GIDs: from.GIDs,
+				}}
+				at[id] = p
+				plan = append(plan, p)
+			}
+			if p != nil {
+				p.users = append(p.users, n)
+			}
+			parent = id
+		}
+	}
+	return plan
+}
+
+// place makes the driver's folder of a layer and moves the staged files into it.
+func (s *Store) place(p *placement) (err error) {
+	id := p.layer.ID
+	if err := s.driver.Create(id, p.layer.Parent, &drivers.CreateOpts{IDMappings: &idtools.IDMappings{}}); err != nil {
+		return fmt.Errorf("create: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.driver.Remove(id))
+		}
+	}()
+	tree := filepath.Join(p.staged.path, treeName)
+	// The root has the mode and the owner that the driver would have given it.
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(s.home(), id, "diff"), &st); err != nil {
+		return fmt.Errorf("look at new folder: %w", err)
+	}
+	if err := unix.Chown(tree, int(st.Uid), int(st.Gid)); err != nil {
+		return fmt.Errorf("set owner: %w", err)
+	}
+	if err := unix.Chmod(tree, st.Mode&0o7777); err != nil {
+		return fmt.Errorf("set mode: %w", err)
+	}
+	if err := os.Rename(filepath.Join(p.staged.path, splitName), s.splitPath(id)); err != nil {
+		return fmt.Errorf("place tar-split: %w", err)
+	}
+	mode := os.FileMode(st.Mode & 0o777)
+	out := &drivers.DriverWithDifferOutput{Target: tree, RootDirMode: &mode}
+	if err := s.driver.(drivers.DriverWithDiffer).ApplyDiffFromStagingDirectory(id, p.layer.Parent, out, nil); err != nil {
+		return fmt.Errorf("place files: %w", err)
+	}
+	s.forget(p.staged)
+	return os.RemoveAll(p.staged.path)
+}
+
+// A layerIndex is layers.json, with the layers of others left as they are.
+type layerIndex struct {
+	path   string
+	lock   *lockfile.LockFile
+	others []json.RawMessage
+	has    map[string]bool
+}
+
+func readIndex(path string, lock *lockfile.LockFile) (*layerIndex, error) {
+	index := &layerIndex{path: path, lock: lock, has: map[string]bool{}}
+	b, err := os.ReadFile(path)
+	if err != nil && !os.IsNotExist(err) {
+		return nil, fmt.Errorf("read layers: %w", err)
+	}
+	if len(b) > 0 {
+		if err := json.Unmarshal(b, &index.others); err != nil {
+			return nil, fmt.Errorf("parse %s: %w", path, err)
+		}
+	}
+	for _, raw := range index.others {
+		var l storage.Layer
+		if err := json.Unmarshal(raw, &l); err != nil {
+			return nil, fmt.Errorf("parse %s: %w", path, err)
+		}
+		index.has[l.ID] = true
+	}
+	return index, nil
+}
+
+// write replaces layers.json. The lock's file tells other users of the store that it changed.
+func (x *layerIndex) write(plan []*placement, incomplete bool) error {
+	all := x.others
+	for _, p := range plan {
+		l := p.layer
+		if incomplete {
+			l.Flags = map[string]any{"incomplete": true}
+		}
+		b, err := json.Marshal(&l)
+		if err != nil {
+			return fmt.Errorf("encode layer: %w", err)
+		}
+		all = append(all[:len(all):len(all)], b)
+	}
+	b, err := json.Marshal(all)
+	if err != nil {
+		return fmt.Errorf("encode layers: %w", err)
+	}
+	if _, err := x.lock.RecordWrite(); err != nil {
+		return fmt.Errorf("record write to layers: %w", err)
+	}
+	if err := ioutils.AtomicWriteFile(x.path, b, 0o600); err != nil {
+		return fmt.Errorf("write layers: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,55 @@
+package storage
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/containers/storage"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/precache/precache-agent/internal/archive"
+)
+
+// Placed returns how many of an image's layers are in the store at their place, from the base up.
+func (s *Store) Placed(_ context.Context, layers []archive.Layer) (int, error) {
+	for i, id := range chain(layers) {
+		if !s.store.Exists(id) {
+			return i, nil
+		}
+	}
+	return len(layers), nil
+}
+
+// PutLayer puts the layer layers[n], whose parents are in the store, into it,
+// for a driver that cannot stage, and returns how many bytes its plain tar
+// has. Nil means that the layer is there and is what its diffID says. The
+// store is locked meanwhile.
+func (s *Store) PutLayer(ctx context.Context, layers []archive.Layer, n int, b *archive.Blob) (size int64, err error) {
+	ids := chain(layers[:n+1])
+	id, parent := ids[n], ""
+	if n > 0 {
+		parent = ids[n-1]
+	}
+	l := layers[n]
+	err = b.Unpack(ctx, func(plain io.Reader, _ archive.Compression) error {
+		digester, counter := digest.SHA256.Digester(), &count{}
+		options := &storage.LayerOptions{OriginalDigest: l.Digest, OriginalSize: &l.Size, UncompressedDigest: l.DiffID}
+		content := io.TeeReader(plain, io.MultiWriter(digester.Hash(), counter))
+		if _, _, err := s.store.PutLayer(id, parent, nil, "", false, options, content); err != nil {
+			return fmt.Errorf("put layer: %w", err)
+		}
+		size = counter.n
+		if got := digester.Digest(); got != l.DiffID {
+			return &archive.Error{Reason: archive.DigestMismatch, Err: fmt.Errorf("content has diffID %s, the config says %s", got, l.DiffID)}
+		}
+		return nil
+	})
+	if err != nil {
+		if s.store.Exists(id) {
+			s.store.DeleteLayer(id)
+		}
+		return 0, fmt.Errorf("layer %s: %w", l.DiffID, err)
+	}
+	return size, nil
+}
