@@ -16,9 +16,10 @@ import (
 )
 
 const (
-	maxJobs     = 8        // what fits in the memory that the agent allows itself
-	maxHeld     = 16 << 20 // bytes of metadata of images that wait for layers or for the committer
-	maxBatch    = 64       // images committed at once
+	maxJobs     = 8           // what fits in the memory that the agent allows itself
+	maxHeld     = 16 << 20    // bytes of metadata of images that wait for layers or for the committer
+	maxBatch    = 64          // images committed at once
+	gather      = time.Second // for which complete images wait for more
 	firstPause  = 500 * time.Millisecond
 	defaultTrys = 3
 )
@@ -110,6 +111,7 @@ type item struct {
 	meta     *archive.Image  // nil: not read yet, or given up for its memory
 	need     []digest.Digest // diffIDs of the layers that have to be staged for it
 	started  time.Time
+	complete time.Time // when its last layer was staged
 	attempts int
 }
 
@@ -221,7 +223,10 @@ func (l *load) settle(it *item) {
 	case it.meta == nil:
 		l.again(it)
 	default:
-		l.ready = append(l.ready, it)
+		it.complete = time.Now()
+		if l.ready = append(l.ready, it); len(l.ready) == 1 {
+			time.AfterFunc(gather, l.cond.Broadcast)
+		}
 		l.cond.Broadcast()
 		// The committer makes room, and it waits for nobody.
 		for l.held > maxHeld && l.open > 0 && len(l.ready) > 0 {
@@ -300,7 +305,7 @@ func (l *load) commit() {
 	ctx := context.WithoutCancel(l.ctx)
 	for {
 		l.mu.Lock()
-		for len(l.ready) == 0 && l.open > 0 {
+		for !l.due() && l.open > 0 {
 			l.cond.Wait()
 		}
 		if len(l.ready) == 0 {
@@ -309,7 +314,9 @@ func (l *load) commit() {
 		}
 		n := min(len(l.ready), maxBatch)
 		batch := slices.Clone(l.ready[:n])
-		l.ready = slices.Delete(l.ready, 0, n)
+		if l.ready = slices.Delete(l.ready, 0, n); len(l.ready) > 0 {
+			time.AfterFunc(gather, l.cond.Broadcast)
+		}
 		l.mu.Unlock()
 
 		errs := l.commitBatch(ctx, batch)
@@ -320,6 +327,19 @@ func (l *load) commit() {
 		l.cond.Broadcast()
 		l.mu.Unlock()
 	}
+}
+
+// due reports, with l.mu held, whether a batch should be committed now. Each
+// costs two barriers on the disk and two writes of the store's indexes, so it
+// may wait a little for more, but not when nothing more can come.
+func (l *load) due() bool {
+	switch {
+	case len(l.ready) == 0:
+		return false
+	case len(l.ready) >= maxBatch, len(l.ready) == l.open, l.held > maxHeld, l.ctx.Err() != nil:
+		return true
+	}
+	return time.Since(l.ready[0].complete) >= gather
 }
 
 func (l *load) commitBatch(ctx context.Context, batch []*item) []error {

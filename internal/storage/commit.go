@@ -2,7 +2,6 @@ package storage
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,8 +13,6 @@ import (
 	"github.com/containers/storage"
 	drivers "github.com/containers/storage/drivers"
 	"github.com/containers/storage/pkg/idtools"
-	"github.com/containers/storage/pkg/ioutils"
-	"github.com/containers/storage/pkg/lockfile"
 	"github.com/opencontainers/go-digest"
 	"github.com/vbatts/tar-split/tar/asm"
 	tsstorage "github.com/vbatts/tar-split/tar/storage"
@@ -54,6 +51,12 @@ func chain(layers []archive.Layer) []string {
 	return ids
 }
 
+// has reports whether a layer is in the store.
+func (s *Store) has(id string) bool {
+	_, err := s.store.Layer(id)
+	return err == nil
+}
+
 // Missing returns the diffIDs of an image's layers that must be read from an
 // archive: they are not in the store at their place, not staged, and not in
 // the store at another place, from where they could be copied.
@@ -61,7 +64,7 @@ func (s *Store) Missing(_ context.Context, layers []archive.Layer) ([]digest.Dig
 	var missing []digest.Digest
 	for i, id := range chain(layers) {
 		d := layers[i].DiffID
-		if s.store.Exists(id) || s.pick(d, nil) != nil {
+		if s.has(id) || s.pick(d, nil) != nil {
 			continue
 		}
 		if source, err := s.copySource(d); err != nil {
@@ -126,11 +129,7 @@ func (s *Store) Commit(ctx context.Context, images []*archive.Image) []error {
 	if s.Parallel() {
 		s.commitLayers(images, errs)
 	}
-	for i := range images {
-		if errs[i] == nil {
-			errs[i] = s.write(ctx, records[i], images[i])
-		}
-	}
+	s.record(ctx, images, records, errs)
 	return errs
 }
 
@@ -144,7 +143,7 @@ func (s *Store) copies(ctx context.Context, img *archive.Image, before []*archiv
 	uses := map[digest.Digest]int{} // staged layers that they use
 	count := func(layers []archive.Layer) (need []archive.Layer) {
 		for i, id := range chain(layers) {
-			if taken[id] || s.store.Exists(id) {
+			if taken[id] || s.has(id) {
 				continue
 			}
 			taken[id] = true
@@ -246,9 +245,8 @@ type placement struct {
 }
 
 // commitLayers moves what the images need from the staging folder into the
-// store. It writes layers.json twice for all of them, where the library writes
-// it three times a layer: first with every new layer flagged incomplete, so
-// that whoever comes after a crash removes it, then without.
+// store. It writes layers.json twice: first with every new layer flagged
+// incomplete, so that whoever comes after a crash removes it, then without.
 func (s *Store) commitLayers(images []*archive.Image, errs []error) {
 	fail := func(err error) {
 		for i := range errs {
@@ -257,29 +255,29 @@ func (s *Store) commitLayers(images []*archive.Image, errs []error) {
 			}
 		}
 	}
-	// The library's own lock: GetLockFile returns the same object for the same
-	// path, so this excludes the rest of this process as well as others.
-	lock, err := lockfile.GetLockFile(filepath.Join(s.layers(), "layers.lock"))
-	if err != nil {
-		fail(fmt.Errorf("open lock of layers: %w", err))
-		return
-	}
-	lock.Lock()
-	defer lock.Unlock()
-	index, err := readIndex(filepath.Join(s.layers(), "layers.json"), lock)
-	if err != nil {
+	if err := s.layerIndex.open(); err != nil {
 		fail(err)
 		return
 	}
-	plan := s.plan(index, images, errs)
+	defer s.layerIndex.close()
+	has := map[string]bool{}
+	for _, l := range s.layerIndex.parsed {
+		has[l.ID] = true
+	}
+	plan := s.plan(has, images, errs)
 	if len(plan) == 0 {
 		return
 	}
-	if err := index.write(plan, true); err != nil {
+	flagged := make([]storage.Layer, len(plan))
+	for i, p := range plan {
+		flagged[i] = p.layer
+		flagged[i].Flags = map[string]any{"incomplete": true}
+	}
+	if _, err := s.layerIndex.write(flagged); err != nil {
 		fail(err)
 		return
 	}
-	err = withoutMount(s.home(), func() error {
+	err := withoutMount(s.home(), func() error {
 		bad := map[string]bool{}
 		for _, p := range plan {
 			if bad[p.layer.Parent] {
@@ -291,13 +289,13 @@ func (s *Store) commitLayers(images []*archive.Image, errs []error) {
 		}
 		return nil
 	})
-	whole := plan[:0:0]
+	var whole []storage.Layer
 	for _, p := range plan {
 		if err != nil && p.err == nil {
 			p.err = err
 		}
 		if p.err == nil {
-			whole = append(whole, p)
+			whole = append(whole, p.layer)
 			continue
 		}
 		for _, i := range p.users {
@@ -306,13 +304,13 @@ func (s *Store) commitLayers(images []*archive.Image, errs []error) {
 			}
 		}
 	}
-	if err := index.write(whole, false); err != nil {
+	if err := s.layerIndex.add(whole); err != nil {
 		fail(err)
 	}
 }
 
 // plan says which layers the images bring, parents first.
-func (s *Store) plan(index *layerIndex, images []*archive.Image, errs []error) []*placement {
+func (s *Store) plan(has map[string]bool, images []*archive.Image, errs []error) []*placement {
 	var plan []*placement
 	at := map[string]*placement{}
 	used := map[*staged]bool{}
@@ -325,7 +323,7 @@ func (s *Store) plan(index *layerIndex, images []*archive.Image, errs []error) [
 		for i, id := range chain(img.Layers) {
 			l := img.Layers[i]
 			p := at[id]
-			if p == nil && !index.has[id] {
+			if p == nil && !has[id] {
 				from := s.pick(l.DiffID, used)
 				if from == nil {
 					errs[n] = &NeedError{[]digest.Digest{l.DiffID}}
@@ -383,60 +381,4 @@ func (s *Store) place(p *placement) (err error) {
 	}
 	s.forget(p.staged)
 	return os.RemoveAll(p.staged.path)
-}
-
-// A layerIndex is layers.json, with the layers of others left as they are.
-type layerIndex struct {
-	path   string
-	lock   *lockfile.LockFile
-	others []json.RawMessage
-	has    map[string]bool
-}
-
-func readIndex(path string, lock *lockfile.LockFile) (*layerIndex, error) {
-	index := &layerIndex{path: path, lock: lock, has: map[string]bool{}}
-	b, err := os.ReadFile(path)
-	if err != nil && !os.IsNotExist(err) {
-		return nil, fmt.Errorf("read layers: %w", err)
-	}
-	if len(b) > 0 {
-		if err := json.Unmarshal(b, &index.others); err != nil {
-			return nil, fmt.Errorf("parse %s: %w", path, err)
-		}
-	}
-	for _, raw := range index.others {
-		var l storage.Layer
-		if err := json.Unmarshal(raw, &l); err != nil {
-			return nil, fmt.Errorf("parse %s: %w", path, err)
-		}
-		index.has[l.ID] = true
-	}
-	return index, nil
-}
-
-// write replaces layers.json. The lock's file tells other users of the store that it changed.
-func (x *layerIndex) write(plan []*placement, incomplete bool) error {
-	all := x.others
-	for _, p := range plan {
-		l := p.layer
-		if incomplete {
-			l.Flags = map[string]any{"incomplete": true}
-		}
-		b, err := json.Marshal(&l)
-		if err != nil {
-			return fmt.Errorf("encode layer: %w", err)
-		}
-		all = append(all[:len(all):len(all)], b)
-	}
-	b, err := json.Marshal(all)
-	if err != nil {
-		return fmt.Errorf("encode layers: %w", err)
-	}
-	if _, err := x.lock.RecordWrite(); err != nil {
-		return fmt.Errorf("record write to layers: %w", err)
-	}
-	if err := ioutils.AtomicWriteFile(x.path, b, 0o600); err != nil {
-		return fmt.Errorf("write layers: %w", err)
-	}
-	return nil
 }

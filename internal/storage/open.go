@@ -51,6 +51,9 @@ type Store struct {
 	tmp       string
 	boot      string // boot ID: what was staged in another boot may have lost data
 
+	layerIndex *index[storage.Layer]
+	imageIndex *index[storage.Image]
+
 	tar *sarchive.TarOptions // how this driver wants its layers extracted; nil: layers in order, through the library
 
 	mu     sync.Mutex
@@ -112,6 +115,12 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 		return nil, fmt.Errorf("open driver of %s: %w", so.GraphRoot, err)
 	}
 	if s.tar, err = s.tarOptions(so); err != nil {
+		return nil, err
+	}
+	if s.layerIndex, err = newIndex[storage.Layer](s.layers(), "layers"); err != nil {
+		return nil, err
+	}
+	if s.imageIndex, err = newIndex[storage.Image](s.images(), "images"); err != nil {
 		return nil, err
 	}
 	if err := s.label(); err != nil {

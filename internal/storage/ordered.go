@@ -14,7 +14,7 @@ import (
 // Placed returns how many of an image's layers are in the store at their place, from the base up.
 func (s *Store) Placed(_ context.Context, layers []archive.Layer) (int, error) {
 	for i, id := range chain(layers) {
-		if !s.store.Exists(id) {
+		if !s.has(id) {
 			return i, nil
 		}
 	}
@@ -46,7 +46,7 @@ func (s *Store) PutLayer(ctx context.Context, layers []archive.Layer, n int, b *
 		return nil
 	})
 	if err != nil {
-		if s.store.Exists(id) {
+		if s.has(id) {
 			s.store.DeleteLayer(id)
 		}
 		return 0, fmt.Errorf("layer %s: %w", l.DiffID, err)

@@ -3,11 +3,15 @@ package storage
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/containers/image/v5/directory"
 	"github.com/containers/image/v5/docker/reference"
@@ -16,8 +20,11 @@ import (
 	"github.com/containers/image/v5/signature"
 	is "github.com/containers/image/v5/storage"
 	"github.com/containers/image/v5/types"
+	"github.com/containers/storage"
+	"github.com/containers/storage/pkg/ioutils"
 	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/precache/precache-agent/internal/archive"
 )
@@ -115,9 +122,152 @@ func (s *Store) requirements(path string) signature.PolicyRequirements {
 	return s.policy.Default
 }
 
-// write records an image whose layers are in the store, through the library,
-// which writes what skopeo would have written.
-func (s *Store) write(ctx context.Context, r *record, a *archive.Image) (err error) {
+// record records the images whose layers are in the store, and their names,
+// and writes images.json once for all that are new. What needs more, an image
+// that is there under another name or a name that moves, the library does.
+func (s *Store) record(ctx context.Context, images []*archive.Image, records []*record, errs []error) {
+	if err := s.imageIndex.open(); err != nil {
+		for i := range errs {
+			if errs[i] == nil {
+				errs[i] = err
+			}
+		}
+		return
+	}
+	ids, names := map[string]bool{}, map[string]bool{}
+	for _, image := range s.imageIndex.parsed {
+		ids[image.ID] = true
+		for _, name := range image.Names {
+			names[name] = true
+		}
+	}
+	var fresh []storage.Image
+	var rest []int
+	mine := map[string]int{}
+	for n, a := range images {
+		if errs[n] != nil {
+			continue
+		}
+		known := ids[imageID(a)] || slices.ContainsFunc(a.Of.AllNames(), func(name string) bool { return names[name] })
+		if known || len(a.Layers) == 0 || !s.Parallel() {
+			rest = append(rest, n)
+			continue
+		}
+		image, data := describe(a)
+		if errs[n] = s.writeData(image.ID, data); errs[n] != nil {
+			continue
+		}
+		ids[image.ID] = true
+		for _, name := range image.Names {
+			names[name] = true
+		}
+		mine[image.ID] = n
+		fresh = append(fresh, image)
+	}
+	if len(fresh) > 0 {
+		if err := s.imageIndex.add(fresh); err != nil {
+			for _, n := range mine {
+				errs[n] = err
+			}
+		}
+	}
+	s.imageIndex.close()
+	for _, n := range rest {
+		errs[n] = s.recordOne(ctx, records[n], images[n])
+	}
+}
+
+func imageID(a *archive.Image) string { return digest.FromBytes(a.Config).Encoded() }
+
+func (s *Store) images() string { return filepath.Join(s.graphRoot, s.driver.String()+"-images") }
+
+// describe makes the record that the library makes of an image, and its big
+// data, in the same order (containers/image, storage/storage_dest.go,
+// CommitWithOptions and PutSignaturesWithFormat).
+func describe(a *archive.Image) (storage.Image, []storage.ImageBigDataOption) {
+	instance := a.InstanceDigest()
+	ids := chain(a.Layers)
+	var sizes = []int{}
+	var joined []byte
+	for _, sig := range signatures(a) {
+		sizes = append(sizes, len(sig))
+		joined = append(joined, sig...)
+	}
+	metadata := struct {
+		SignatureSizes  []int                   `json:"signature-sizes,omitempty"`
+		SignaturesSizes map[digest.Digest][]int `json:"signatures-sizes,omitempty"`
+	}{sizes, map[digest.Digest][]int{instance: sizes}}
+	text, err := json.Marshal(metadata)
+	if err != nil {
+		panic(err) // numbers and digests
+	}
+	var data []storage.ImageBigDataOption
+	add := func(key string, b []byte) {
+		data = append(data, storage.ImageBigDataOption{Key: key, Data: b, Digest: digest.FromBytes(b)})
+	}
+	add(string(digest.FromBytes(a.Config)), a.Config)
+	if a.IsList() {
+		add("manifest-"+string(a.Digest), a.Manifest)
+	}
+	add("manifest-"+string(instance), a.Instance)
+	add(storage.ImageDigestBigDataKey, a.Instance)
+	if len(joined) > 0 {
+		add("signatures", joined)
+	}
+	add("signature-"+instance.Encoded(), joined)
+
+	image := storage.Image{
+		ID: imageID(a), Digest: a.Digest, Names: a.Of.AllNames(),
+		TopLayer: ids[len(ids)-1], Metadata: string(text), Created: created(a.Config),
+		BigDataSizes: map[string]int64{}, BigDataDigests: map[string]digest.Digest{},
+	}
+	image.NamesHistory = slices.Clone(image.Names)
+	slices.Reverse(image.NamesHistory) // the newest first
+	for _, d := range data {
+		image.BigDataNames = append(image.BigDataNames, d.Key)
+		image.BigDataSizes[d.Key] = int64(len(d.Data))
+		image.BigDataDigests[d.Key] = d.Digest
+	}
+	return image, data
+}
+
+// created is when a config says that its image was made.
+func created(config []byte) time.Time {
+	var c struct {
+		Created *time.Time `json:"created"`
+	}
+	if err := json.Unmarshal(config, &c); err != nil || c.Created == nil || c.Created.IsZero() {
+		return time.Now().UTC()
+	}
+	return *c.Created
+}
+
+// writeData writes an image's big data, before anything names it. It is
+// durable with the next Sync.
+func (s *Store) writeData(id string, data []storage.ImageBigDataOption) error {
+	dir := filepath.Join(s.images(), id)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make image folder: %w", err)
+	}
+	for _, d := range data {
+		options := &ioutils.AtomicFileWriterOptions{NoSync: true}
+		if err := ioutils.AtomicWriteFileWithOpts(filepath.Join(dir, dataName(d.Key)), d.Data, 0o600, options); err != nil {
+			return fmt.Errorf("write %s of image: %w", d.Key, err)
+		}
+	}
+	return nil
+}
+
+// dataName is the file name of big data (containers/storage, makeBigDataBaseName).
+func dataName(key string) string {
+	if strings.Trim(key, ".0123456789abcdefghijklmnopqrstuvwxyz") == "" {
+		return key
+	}
+	return "=" + base64.StdEncoding.EncodeToString([]byte(key))
+}
+
+// recordOne records an image through the library.
+func (s *Store) recordOne(ctx context.Context, r *record, a *archive.Image) (err error) {
 	named, err := reference.ParseNormalizedNamed(a.Of.Ref)
 	if err != nil {
 		return fmt.Errorf("parse reference: %w", err)
@@ -147,6 +297,15 @@ func (s *Store) write(ctx context.Context, r *record, a *archive.Image) (err err
 			return &NeedError{[]digest.Digest{l.DiffID}}
 		}
 	}
+	// Otherwise the library parses the manifest, under the name of the list, and refuses it.
+	if noter, ok := dest.(interface {
+		NoteOriginalOCIConfig(*v1.Image, error) error
+	}); ok {
+		var config v1.Image
+		if err := noter.NoteOriginalOCIConfig(&config, json.Unmarshal(a.Config, &config)); err != nil {
+			return fmt.Errorf("record config: %w", err)
+		}
+	}
 	if err := dest.PutManifest(ctx, a.Instance, nil); err != nil {
 		return fmt.Errorf("record manifest: %w", err)
 	}
@@ -159,8 +318,7 @@ func (s *Store) write(ctx context.Context, r *record, a *archive.Image) (err err
 	if len(a.Of.Names) == 0 {
 		return nil
 	}
-	id := strings.TrimPrefix(string(config.Digest), "sha256:")
-	if err := s.store.AddNames(id, a.Of.Names); err != nil {
+	if err := s.store.AddNames(imageID(a), a.Of.Names); err != nil {
 		return fmt.Errorf("name image: %w", err)
 	}
 	return nil
