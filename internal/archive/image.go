@@ -57,6 +57,13 @@ func (i *Image) Bytes() int64 {
 	return int64(n)
 }
 
+// Lacks reports whether a read to the end did not meet the layer with that diffID.
+func (i *Image) Lacks(diffID digest.Digest) bool {
+	return slices.ContainsFunc(i.Layers, func(l Layer) bool {
+		return l.DiffID == diffID && slices.Contains(i.Missing, l.Digest)
+	})
+}
+
 // A Layer is one layer of an image.
 type Layer struct {
 	Digest digest.Digest // of the blob, as the manifest names it
@@ -119,10 +126,11 @@ func parseManifest(b []byte) (*parsed, error) {
 	if !isList {
 		p.descs, p.config = m.Layers, *m.Config
 	}
-	for _, d := range append([]v1.Descriptor{p.config}, p.descs...) {
-		if d.Digest == "" && isList {
-			continue // the zero config
-		}
+	named := p.descs
+	if !isList {
+		named = append([]v1.Descriptor{p.config}, named...)
+	}
+	for _, d := range named {
 		if err := checkDigest(d.Digest); err != nil {
 			return nil, err
 		}

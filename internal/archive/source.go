@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 
 	"github.com/precache/precache-agent/internal/manifest"
 )
@@ -55,7 +56,7 @@ func (p *Partition) Find(img manifest.Image) (*Archive, error) {
 	for _, base := range names {
 		for _, suffix := range manifest.Suffixes {
 			fi, err := p.Root.Stat(base + suffix)
-			if errors.Is(err, fs.ErrNotExist) {
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENAMETOOLONG) {
 				continue
 			}
 			if err != nil {
@@ -67,7 +68,7 @@ func (p *Partition) Find(img manifest.Image) (*Archive, error) {
 				continue // a folder named x.tgz, or a file without suffix, is something else
 			case a.folder:
 				if a.Size, err = folderSize(p.Root, base); err != nil {
-					return nil, fault(ReadFailed, "look into %s: %w", base, err)
+					return nil, classify(ReadFailed, fmt.Errorf("look into %s: %w", base, err))
 				}
 			case !fi.Mode().IsRegular():
 				return nil, fault(Unsupported, "%s is not a regular file", a.Name)
@@ -192,6 +193,9 @@ func (a *Archive) eachMember(ctx context.Context, t *tenant, f func(*member) err
 				}
 			}
 		case tar.TypeSymlink: // docker-archive has them for repeated layers
+			if len(h.Linkname) > maxMemberName {
+				return fault(CorruptArchive, "the link of member %q has %d bytes", name, len(h.Linkname))
+			}
 			m.size, m.link = 0, h.Linkname
 		default:
 			return fault(Unsupported, "member %q has type %q", name, h.Typeflag)

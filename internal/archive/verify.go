@@ -23,6 +23,7 @@ func (a *Archive) Verify(ctx context.Context, img manifest.Image) []error {
 		if _, err := a.each(ctx, c.tenant, c.member); err != nil {
 			return []error{err}
 		}
+		c.l.whole = true
 		faults, needs := c.faults()
 		again := false
 		for _, need := range needs {
@@ -60,6 +61,9 @@ func (c *check) member(m *member) error {
 	}
 	c.l.sizes[m.name] = m.size
 	_, done := c.sums[m.name]
+	if _, plain := c.l.plain[m.name]; c.l.measure[m.name] && !plain {
+		return c.sum(m, isOther)
+	}
 	switch keep := kind != isOther && kind != isBlob || c.must[m.name]; {
 	case keep && m.size > maxMetadata:
 		return fault(Unsupported, "%s has %d bytes, at most %d are read", m.name, m.size, maxMetadata)
@@ -81,10 +85,10 @@ func (c *check) member(m *member) error {
 	return c.sum(m, kind)
 }
 
-// sum takes digest and size of a member; of what may be a layer of a docker-archive, those of the plain content.
+// sum takes digest and size of a member; of what may be a layer of a docker-archive, those of its plain content.
 func (c *check) sum(m *member, k kind) error {
 	r := m.r
-	if isLayerTar(m.name, k) {
+	if k == isOther {
 		z, _, err := decompress(c.ctx, r, c.tenant)
 		if err != nil {
 			return err
@@ -97,7 +101,9 @@ func (c *check) sum(m *member, k kind) error {
 	if err != nil {
 		return noEOF(err)
 	}
-	c.l.sizes[m.name] = n
+	if k == isOther {
+		c.l.plain[m.name] = n
+	}
 	c.sums[m.name] = v1.Descriptor{Digest: d.Digest(), Size: n}
 	return nil
 }

@@ -183,7 +183,7 @@ func (l *load) read(it *item) {
 	}
 	if err == nil {
 		if l.o.Store.Parallel() {
-			_, err = it.archive.Visit(l.ctx, it.img, &visitor{l, it})
+			_, err = it.archive.Visit(l.ctx, it.img, &visitor{l: l, it: it})
 		} else {
 			err = l.inOrder(it)
 		}
@@ -203,7 +203,7 @@ func (l *load) settle(it *item) {
 	for _, d := range it.need {
 		switch layer := l.layers[d]; layer.state {
 		case free: // the copy that this one was skipped for was bad, or it is not in this archive
-			if it.meta != nil && slices.ContainsFunc(it.meta.Missing, func(blob digest.Digest) bool { return l.blobs[blob] == d }) {
+			if it.meta != nil && it.meta.Lacks(d) {
 				l.failed(it, &archive.Error{Reason: archive.CorruptArchive, Err: fmt.Errorf("read %s: layer %s is missing", it.archive.Name, d)})
 				return
 			}

@@ -13,6 +13,9 @@ import (
 type visitor struct {
 	l  *load
 	it *item
+
+	own   map[digest.Digest]digest.Digest // diffIDs by blob, as this archive's image has them; nil: not resolved yet
+	taken digest.Digest                   // the diffID of the layer that was wanted last
 }
 
 func (v *visitor) Resolved(img *archive.Image) error {
@@ -31,7 +34,9 @@ func (v *visitor) Resolved(img *archive.Image) error {
 			l.layers[d] = &needed{}
 		}
 	}
+	v.own = map[digest.Digest]digest.Digest{}
 	for _, layer := range img.Layers {
+		v.own[layer.Digest] = layer.DiffID
 		if l.layers[layer.DiffID] != nil {
 			l.blobs[layer.Digest] = layer.DiffID
 		}
@@ -42,24 +47,32 @@ func (v *visitor) Resolved(img *archive.Image) error {
 func (v *visitor) Want(blob digest.Digest) bool {
 	v.l.mu.Lock()
 	defer v.l.mu.Unlock()
-	layer := v.l.layers[v.l.blobs[blob]]
+	diffIDs := v.own
+	if diffIDs == nil {
+		diffIDs = v.l.blobs // what other images say of the blob
+	}
+	layer := v.l.layers[diffIDs[blob]]
 	if layer == nil || layer.state != free {
 		return false
 	}
 	layer.state = busy
+	v.taken = diffIDs[blob]
 	return true
 }
 
 func (v *visitor) Visit(b *archive.Blob) error {
-	l := v.l
-	l.mu.Lock()
-	d := l.blobs[b.Digest]
-	l.mu.Unlock()
+	l, d := v.l, v.taken
 	n, err := l.o.Store.Stage(l.ctx, d, b)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err != nil {
 		l.became(d, free)
+		if reason := reasonOf(err); v.own == nil && (reason == archive.DigestMismatch || reason == archive.CorruptArchive) {
+			// Another image may have lied about the blob, and this one may
+			// not have it. If it does, it is read again, and has its verdict.
+			delete(l.blobs, b.Digest)
+			return nil
+		}
 		return err
 	}
 	l.sum.LayersWritten++

@@ -348,15 +348,28 @@ func (s *Store) plan(has map[string]bool, images []*archive.Image, errs []error)
 	return plan
 }
 
-// place makes the driver's folder of a layer and moves the staged files into it.
+// place makes the driver's folder of a layer and moves the staged files into
+// it. Whatever comes of it, the staged layer is used up.
 func (s *Store) place(p *placement) (err error) {
 	id := p.layer.ID
+	defer func() {
+		s.forget(p.staged)
+		err = errors.Join(err, os.RemoveAll(p.staged.path))
+	}()
+	// A leftover of a crash is removed by Create, but with an empty link file
+	// the driver would remove the links of all layers.
+	link := filepath.Join(s.home(), id, "link")
+	if b, err := os.ReadFile(link); err == nil && len(b) == 0 {
+		if err := os.Remove(link); err != nil {
+			return fmt.Errorf("remove empty link: %w", err)
+		}
+	}
 	if err := s.driver.Create(id, p.layer.Parent, &drivers.CreateOpts{IDMappings: &idtools.IDMappings{}}); err != nil {
 		return fmt.Errorf("create: %w", err)
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.driver.Remove(id))
+			err = errors.Join(err, s.driver.Remove(id), removeIfThere(s.splitPath(id)))
 		}
 	}()
 	tree := filepath.Join(p.staged.path, treeName)
@@ -379,6 +392,12 @@ func (s *Store) place(p *placement) (err error) {
 	if err := s.driver.(drivers.DriverWithDiffer).ApplyDiffFromStagingDirectory(id, p.layer.Parent, out, nil); err != nil {
 		return fmt.Errorf("place files: %w", err)
 	}
-	s.forget(p.staged)
-	return os.RemoveAll(p.staged.path)
+	return nil
+}
+
+func removeIfThere(path string) error {
+	if err := os.Remove(path); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
 }

@@ -129,14 +129,11 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	return s, s.findStaged()
 }
 
-// Close releases the store and what it keeps mounted.
+// Close releases the store. Nothing of it is mounted, and what podman has mounted stays.
 func (s *Store) Close() error {
 	var errs []error
 	if s.store != nil {
-		// Layers in use by containers are none of ours: ErrLayerUsedByContainer is no error.
-		if _, err := s.store.Shutdown(false); err != nil && !errors.Is(err, storage.ErrLayerUsedByContainer) {
-			errs = append(errs, fmt.Errorf("close store: %w", err))
-		}
+		s.store.Free()
 		// 1.49 to 1.58 of the library take the first for a layer, before 1.54 they empty the second.
 		for _, dir := range []string{"tempdirs", "staging"} {
 			os.Remove(filepath.Join(s.home(), dir)) // only if it is empty
