@@ -35,7 +35,7 @@ build: ## Build the static binary bin/precache-agent
 .PHONY: test
 test: ## Run all tests with the race detector, then each fuzz target for 5 seconds (PKG=./internal/x RUN=TestX for a part)
 	@hack/setup.sh test
-	CGO_ENABLED=1 go run ./hack/gotest -race -timeout 30m -run '$(RUN)' $(PKG)
+	CGO_ENABLED=1 go run ./hack/gotest -race -count=1 -timeout 30m -run '$(RUN)' $(PKG)
 ifeq ($(PKG) $(RUN),./... .)
 	CGO_ENABLED=0 hack/fuzz.sh 5s ./...
 	hack/check-reproducible.sh

@@ -30,6 +30,8 @@ if ((EUID != 0)); then
 fi
 
 dir=$(mktemp -d "${TMPDIR:-/var/tmp}/precache-demo.XXXXXX")
+mkdir "$dir/tmp"
+export TMPDIR=$dir/tmp # what the tools below leave behind goes with the rest
 
 # What podman mounts below the store stays mounted when it ends.
 cleanup() {
@@ -52,6 +54,11 @@ if [[ $(stat -f -c %T "$dir") == overlayfs || $(awk '{ print $1, $2; exit }' /pr
 	driver=vfs
 fi
 store=(--root "$dir/root" --runroot "$dir/run" --storage-driver "$driver")
+policy=()
+if [[ ! -e /etc/containers/policy.json && ! -e ~/.config/containers/policy.json ]]; then # without podman or skopeo there is none
+	echo '{"default":[{"type":"insecureAcceptAnything"}]}' >"$dir/policy.json"
+	policy=(--policy "$dir/policy.json")
+fi
 
 say "stage three images, made from files of this machine, as the factory tool does"
 show go run ./internal/fixture/stage -out "$dir/staged" -preset demo -n 3
@@ -60,10 +67,10 @@ say "verify what is staged"
 show bin/precache-agent verify --from "$dir/staged"
 
 say "load it into a throw-away store"
-show bin/precache-agent load --from "$dir/staged" "${store[@]}"
+show bin/precache-agent load --from "$dir/staged" "${store[@]}" "${policy[@]}"
 
 say "load it again: everything is there"
-show bin/precache-agent load --from "$dir/staged" "${store[@]}"
+show bin/precache-agent load --from "$dir/staged" "${store[@]}" "${policy[@]}"
 
 if command -v podman >/dev/null; then
 	say "what podman sees"

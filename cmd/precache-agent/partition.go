@@ -50,6 +50,11 @@ func (s *source) open() (*archive.Partition, *manifest.Set, error) {
 
 func (s *source) set(root *os.Root) (*manifest.Set, error) {
 	groups := s.groups
+	for _, group := range groups {
+		if err := manifest.CheckGroup(group); err != nil {
+			return nil, &exitError{code: exitUsage, err: fmt.Errorf("--group: %w", err)}
+		}
+	}
 	if len(groups) == 0 {
 		var err error
 		if groups, err = manifest.Groups(root.FS()); err != nil {

@@ -59,9 +59,6 @@ func kindOf(name string) (kind, digest.Digest) {
 	return isOther, ""
 }
 
-// isLayerTar reports whether a member may be a layer of a docker-archive: HEX.tar, or ID/layer.tar.
-func isLayerTar(name string, k kind) bool { return k == isOther && path.Ext(name) == ".tar" }
-
 // A layout gathers what an archive says of its image, in whatever order it says it.
 type layout struct {
 	ref    string        // the image's reference, to choose among several images
@@ -70,6 +67,9 @@ type layout struct {
 
 	top, index string                   // names of manifest.json and index.json
 	docker     bool                     // after resolve: it is a docker-archive
+	whole      bool                     // it was read to its end
+	plain      map[string]int64         // plain sizes of what may be layers of a docker-archive
+	measure    map[string]bool          // members whose plain size is needed
 	meta       map[string][]byte        // what was read into memory, by name
 	sizes      map[string]int64         // plain sizes of all other members that were met, by name
 	links      map[string]string        // symbolic links, by name
@@ -77,7 +77,11 @@ type layout struct {
 }
 
 func newLayout(img manifest.Image) *layout {
-	l := &layout{ref: img.Ref, pinned: img.Digest, meta: map[string][]byte{}, sizes: map[string]int64{}, links: map[string]string{}}
+	l := &layout{
+		ref: img.Ref, pinned: img.Digest,
+		meta: map[string][]byte{}, sizes: map[string]int64{}, links: map[string]string{},
+		plain: map[string]int64{}, measure: map[string]bool{},
+	}
 	if ref, err := reference.ParseNormalizedNamed(img.Ref); err == nil {
 		if tagged, ok := ref.(reference.Tagged); ok {
 			l.tag = tagged.Tag()
@@ -106,6 +110,13 @@ func (l *layout) again(err error, must map[string]bool) bool {
 	if !ok || must[need.name] {
 		return false
 	}
+	if need.size { // of all layers at once: each pass costs
+		again := len(l.measure) == 0
+		for name := range l.sizes {
+			l.measure[name] = true
+		}
+		return again
+	}
 	if _, met := l.sizes[need.name]; !met {
 		return false
 	}
@@ -124,6 +135,7 @@ func (l *layout) dir() string {
 type needError struct {
 	name string
 	what string
+	size bool // its plain size, not its content
 }
 
 func (e *needError) Error() string { return fmt.Sprintf("%s (%s) is missing", e.what, e.name) }
@@ -132,7 +144,7 @@ func (l *layout) get(name, what string) ([]byte, error) {
 	if b, ok := l.meta[name]; ok {
 		return b, nil
 	}
-	return nil, &needError{name, what}
+	return nil, &needError{name: name, what: what}
 }
 
 // resolve returns the image, or a needError if a member for it was not read yet.
@@ -141,9 +153,12 @@ func (l *layout) resolve() (*Image, error) {
 		return nil, fault(Unsupported, "reference pins %q, which is not sha256", l.pinned)
 	}
 	if l.index == "" && l.top == "" {
-		return nil, &needError{"manifest.json", "the manifest"}
+		return nil, &needError{name: "manifest.json", what: "the manifest"}
 	}
 	if items, ok := l.dockerItems(); ok {
+		if !l.whole { // an index.json that still comes counts for more
+			return nil, &needError{name: "index.json", what: "the index"}
+		}
 		return l.resolveDocker(items)
 	}
 	top, err := l.topManifest()
@@ -349,7 +364,7 @@ func (l *layout) resolveDocker(top []byte) (*Image, error) {
 		Config        descriptor   `json:"config"`
 		Layers        []descriptor `json:"layers"`
 	}{2, dockerManifest, descriptor{dockerConfig, int64(len(img.Config)), digest.FromBytes(img.Config)}, []descriptor{}}
-	l.docker, l.blobs = true, map[string]digest.Digest{}
+	l.blobs = map[string]digest.Digest{}
 	size := map[digest.Digest]int64{}
 	for i, id := range ids {
 		name, err := l.member(item.Layers[i])
@@ -357,8 +372,9 @@ func (l *layout) resolveDocker(top []byte) (*Image, error) {
 			return nil, err
 		}
 		if _, ok := size[id]; !ok {
-			if size[id], ok = l.sizes[name]; !ok {
-				return nil, &needError{name, "layer " + short(id)}
+			if size[id], ok = l.plain[name]; !ok {
+				_, met := l.sizes[name]
+				return nil, &needError{name: name, what: "layer " + short(id), size: met}
 			}
 			if other, ok := l.blobs[name]; ok {
 				return nil, fault(CorruptArchive, "%s stands for two layers, %s and %s", name, short(other), short(id))
@@ -372,6 +388,7 @@ func (l *layout) resolveDocker(top []byte) (*Image, error) {
 		return nil, fmt.Errorf("make manifest: %w", err)
 	}
 	img.Instance, img.Digest = img.Manifest, digest.FromBytes(img.Manifest)
+	l.docker = true
 	return img, nil
 }
 

@@ -45,6 +45,17 @@ func (a *Archive) Visit(ctx context.Context, img manifest.Image, v Visitor) (*Im
 		if err != nil {
 			return s.img, err
 		}
+		if whole && s.img == nil && s.failure == nil {
+			s.l.whole = true
+			if err := s.resolve(); err == errStop {
+				return s.img, nil
+			} else if err != nil {
+				return s.img, err
+			}
+			if s.img != nil {
+				continue
+			}
+		}
 		switch {
 		case s.img == nil && s.failure != nil:
 			return nil, fmt.Errorf("read %s: %w", a.Name, s.failure)
@@ -107,8 +118,9 @@ func (s *visit) member(m *member) error {
 		}
 		return nil
 	}
-	if _, held := s.l.meta[m.name]; held {
-		return nil // from the pass before
+	if b, held := s.l.meta[m.name]; held { // from the pass before
+		m.r = bytes.NewReader(b)
+		return s.measure(m, kind)
 	}
 	switch {
 	case m.link != "":
@@ -122,14 +134,15 @@ func (s *visit) member(m *member) error {
 	case m.size <= maxHeld && s.held+m.size <= heldInAll:
 		s.held += m.size
 		return s.hold(m)
-	case kind == isBlob && m.size > maxHeld && s.v.Want(d):
-		return s.visit(m.r, d, m.size)
 	}
 	s.skipped = true
-	if kind != isOther {
-		return nil
+	if kind == isBlob && m.size > maxHeld && s.v.Want(d) {
+		return s.visit(m.r, d, m.size)
 	}
-	return s.measure(m)
+	if err := s.measure(m, kind); err != nil {
+		return err
+	}
+	return s.resolve()
 }
 
 func (s *visit) metadata(m *member, kind kind) error {
@@ -156,26 +169,31 @@ func (s *visit) hold(m *member) error {
 	}
 	s.l.meta[m.name] = b
 	m.r = bytes.NewReader(b)
-	return s.measure(m)
-}
-
-// measure finds the plain size of what may be a compressed layer of a
-// docker-archive: its manifest, which is made, not read, needs it.
-func (s *visit) measure(m *member) error {
-	if kind, _ := kindOf(m.name); isLayerTar(m.name, kind) {
-		br := bufio.NewReader(m.r)
-		if head, _ := br.Peek(6); sniff(head) != None {
-			z, _, err := decompress(s.ctx, br, s.tenant)
-			if err != nil {
-				return err
-			}
-			defer z.Close()
-			if s.l.sizes[m.name], err = io.Copy(io.Discard, z); err != nil {
-				return err
-			}
-		}
+	kind, _ := kindOf(m.name)
+	if err := s.measure(m, kind); err != nil {
+		return err
 	}
 	return s.resolve()
+}
+
+// measure finds the plain size of what may be a layer of a docker-archive: its
+// manifest, which is made, not read, needs it.
+func (s *visit) measure(m *member, kind kind) error {
+	if kind != isOther && !s.l.measure[m.name] {
+		return nil
+	}
+	br := bufio.NewReader(m.r)
+	if head, _ := br.Peek(6); sniff(head) == None {
+		s.l.plain[m.name] = m.size
+		return nil
+	}
+	z, _, err := decompress(s.ctx, br, s.tenant)
+	if err != nil {
+		return err
+	}
+	defer z.Close()
+	s.l.plain[m.name], err = io.Copy(io.Discard, z)
+	return err
 }
 
 func (s *visit) resolve() error {

@@ -35,9 +35,13 @@ func (s *Store) PutLayer(ctx context.Context, layers []archive.Layer, n int, b *
 	err = b.Unpack(ctx, func(plain io.Reader, _ archive.Compression) error {
 		digester, counter := digest.SHA256.Digester(), &count{}
 		options := &storage.LayerOptions{OriginalDigest: l.Digest, OriginalSize: &l.Size, UncompressedDigest: l.DiffID}
-		content := io.TeeReader(plain, io.MultiWriter(digester.Hash(), counter))
+		input := &watched{r: plain}
+		content := io.TeeReader(input, io.MultiWriter(digester.Hash(), counter))
 		if _, _, err := s.store.PutLayer(id, parent, nil, "", false, options, content); err != nil {
-			return fmt.Errorf("put layer: %w", err)
+			if input.err != nil && input.err != io.EOF {
+				return input.err
+			}
+			return &archive.Error{Reason: archive.StoreFailed, Err: fmt.Errorf("put layer: %w", err)}
 		}
 		size = counter.n
 		if got := digester.Digest(); got != l.DiffID {
@@ -52,4 +56,16 @@ func (s *Store) PutLayer(ctx context.Context, layers []archive.Layer, n int, b *
 		return 0, fmt.Errorf("layer %s: %w", l.DiffID, err)
 	}
 	return size, nil
+}
+
+// A watched reader remembers how reading from it ended.
+type watched struct {
+	r   io.Reader
+	err error
+}
+
+func (w *watched) Read(p []byte) (int, error) {
+	n, err := w.r.Read(p)
+	w.err = err
+	return n, err
 }

@@ -184,7 +184,8 @@ func (s *Store) extract(diffID digest.Digest, plain io.Reader) (_ *staged, err e
 	}()
 	buf := pipeBuffers.Get().(*[256 << 10]byte)
 	defer pipeBuffers.Put(buf)
-	t := &tee{r: plain, w: pw, buf: buf[:0]}
+	input := &watched{r: plain}
+	t := &tee{r: input, w: pw, buf: buf[:0]}
 	err = inRoot(root, func() error {
 		if err := sarchive.Unpack(t, "/", s.tar); err != nil {
 			return err
@@ -202,8 +203,8 @@ func (s *Store) extract(diffID digest.Digest, plain io.Reader) (_ *staged, err e
 	switch {
 	case err == nil:
 		return l, nil
-	case t.err != nil && t.err != io.EOF:
-		return nil, t.err // the input's, whatever the extractor made of it
+	case input.err != nil && input.err != io.EOF:
+		return nil, input.err // whatever the extractor made of it
 	case archive.ReasonOf(err) == "" && isTarError(err):
 		return nil, &archive.Error{Reason: archive.CorruptArchive, Err: err}
 	}
@@ -215,13 +216,11 @@ type tee struct {
 	r      io.Reader
 	w      io.Writer
 	buf    []byte
-	err    error // of r
-	failed bool  // w did
+	failed bool // w did
 }
 
 func (t *tee) Read(p []byte) (int, error) {
 	n, err := t.r.Read(p)
-	t.err = err
 	for b := p[:n]; len(b) > 0; {
 		free := t.buf[len(t.buf):cap(t.buf)]
 		c := copy(free, b)
