@@ -174,9 +174,8 @@ func (s *Store) copies(ctx context.Context, img *archive.Image, before []*archiv
 func (s *Store) copyLayer(ctx context.Context, layer archive.Layer) error {
 	need := &NeedError{[]digest.Digest{layer.DiffID}}
 	var tree, split string
-	var like staged
 	if l := s.pick(layer.DiffID, nil); l != nil {
-		tree, split, like = filepath.Join(l.path, treeName), filepath.Join(l.path, splitName), *l
+		tree, split = filepath.Join(l.path, treeName), filepath.Join(l.path, splitName)
 	} else {
 		id, err := s.copySource(layer.DiffID)
 		if err != nil {
@@ -185,12 +184,7 @@ func (s *Store) copyLayer(ctx context.Context, layer archive.Layer) error {
 		if id == "" {
 			return need
 		}
-		from, err := s.store.Layer(id)
-		if err != nil {
-			return fmt.Errorf("look for layer %s: %w", id, err)
-		}
 		tree, split = filepath.Join(s.home(), id, "diff"), s.splitPath(id)
-		like = staged{Blob: from.CompressedDigest, BlobSize: from.CompressedSize, Compression: from.CompressionType}
 	}
 	pr, pw := io.Pipe()
 	done := make(chan error, 1)
@@ -211,7 +205,6 @@ func (s *Store) copyLayer(ctx context.Context, layer archive.Layer) error {
 		s.mu.Unlock()
 		return need
 	}
-	l.Blob, l.BlobSize, l.Compression = like.Blob, like.BlobSize, like.Compression
 	return s.mark(l)
 }
 
@@ -332,10 +325,13 @@ func (s *Store) plan(has map[string]bool, images []*archive.Image, errs []error)
 				used[from] = true
 				p = &placement{staged: from, layer: storage.Layer{
 					ID: id, Parent: parent, Created: now,
-					CompressedDigest: from.Blob, CompressedSize: from.BlobSize, CompressionType: from.Compression,
+					CompressedDigest: l.Digest, CompressedSize: l.Size, CompressionType: compressions[l.Compression],
 					UncompressedDigest: from.DiffID, UncompressedSize: from.Size,
 					UIDs: from.UIDs, GIDs: from.GIDs,
 				}}
+				if l.Digest == from.Blob {
+					p.layer.CompressionType = from.Compression
+				}
 				at[id] = p
 				plan = append(plan, p)
 			}

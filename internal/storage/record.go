@@ -221,8 +221,8 @@ func describe(a *archive.Image) (storage.Image, []storage.ImageBigDataOption) {
 		TopLayer: ids[len(ids)-1], Metadata: string(text), Created: created(a.Config),
 		BigDataSizes: map[string]int64{}, BigDataDigests: map[string]digest.Digest{},
 	}
+	slices.Reverse(image.Names) // the newest first, as if each had been added after the other
 	image.NamesHistory = slices.Clone(image.Names)
-	slices.Reverse(image.NamesHistory) // the newest first
 	for _, d := range data {
 		image.BigDataNames = append(image.BigDataNames, d.Key)
 		image.BigDataSizes[d.Key] = int64(len(d.Data))

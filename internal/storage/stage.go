@@ -37,9 +37,8 @@ const (
 type staged struct {
 	DiffID      digest.Digest        `json:"diffID"`
 	Size        int64                `json:"size"` // of the plain tar, in bytes
-	Blob        digest.Digest        `json:"blob"`
-	BlobSize    int64                `json:"blobSize"`
-	Compression sarchive.Compression `json:"compression"`
+	Blob        digest.Digest        `json:"blob,omitempty"` // it was read from; empty: copied inside the store
+	Compression sarchive.Compression `json:"compression"`    // of that blob
 	UIDs        []uint32             `json:"uids"`
 	GIDs        []uint32             `json:"gids"`
 	Boot        string               `json:"boot"` // in which boot: not durable in another one
@@ -79,7 +78,7 @@ func (s *Store) Stage(ctx context.Context, diffID digest.Digest, b *archive.Blob
 	err := b.Unpack(ctx, func(plain io.Reader, c archive.Compression) (err error) {
 		l, err = s.extract(diffID, plain)
 		if l != nil {
-			l.Blob, l.BlobSize, l.Compression = b.Digest, b.Size, compressions[c]
+			l.Blob, l.Compression = b.Digest, compressions[c]
 		}
 		return err
 	})
