@@ -36,7 +36,7 @@ const (
 // A staged layer, as its mark says.
 type staged struct {
 	DiffID      digest.Digest        `json:"diffID"`
-	Size        int64                `json:"size"` // of the plain tar, in bytes
+	Size        int64                `json:"size"`           // of the plain tar, in bytes
 	Blob        digest.Digest        `json:"blob,omitempty"` // it was read from; empty: copied inside the store
 	Compression sarchive.Compression `json:"compression"`    // of that blob
 	UIDs        []uint32             `json:"uids"`
