@@ -165,9 +165,6 @@ func storeOptions(o Options) (storage.StoreOptions, error) {
 		if so.GraphRoot, err = filepath.Abs(o.Root); err != nil {
 			return so, fmt.Errorf("find graph root: %w", err)
 		}
-		if o.RunRoot == "" {
-			so.RunRoot = filepath.Join(so.RunRoot, "precache-agent", strings.ReplaceAll(so.GraphRoot, "/", "_"))
-		}
 	}
 	if o.RunRoot != "" {
 		if so.RunRoot, err = filepath.Abs(o.RunRoot); err != nil {
@@ -177,7 +174,9 @@ func storeOptions(o Options) (storage.StoreOptions, error) {
 	if o.Driver != "" {
 		so.GraphDriverName, so.GraphDriverOptions = o.Driver, nil
 	}
-	so.GraphDriverOptions = append(slices.Clone(so.GraphDriverOptions), o.DriverOpts...)
+	if len(o.DriverOpts) > 0 { // they replace those of storage.conf, and an empty one replaces them by none
+		so.GraphDriverOptions = slices.DeleteFunc(slices.Clone(o.DriverOpts), func(opt string) bool { return opt == "" })
+	}
 	if so.GraphDriverName == "" {
 		so.GraphDriverName = "overlay"
 		for _, name := range []string{"vfs", "btrfs", "zfs"} {
