@@ -38,12 +38,18 @@ again. Without storage flags, storage.conf says which store, as for podman.`,
 	flags.IntVar(&f.jobs, "jobs", 0, "archives read at the same time (default: the CPUs it may use)")
 	flags.IntVar(&f.attempts, "attempts", 3, "how often an image is tried when its failure may pass")
 	flags.StringVar(&f.progress, "progress", "auto", "auto, bar, plain, json or none")
-	flags.StringVar(&f.store.Root, "root", "", "graph root of the store, as podman's --root")
-	flags.StringVar(&f.store.RunRoot, "runroot", "", "run root of the store, as podman's --runroot")
-	flags.StringVar(&f.store.Driver, "storage-driver", "", "driver of the store, as podman's --storage-driver")
-	flags.StringArrayVar(&f.store.DriverOpts, "storage-opt", nil, "option of the driver, as podman's --storage-opt; repeatable")
-	flags.StringVar(&f.store.PolicyPath, "policy", "", "policy.json to honour (default: the system's)")
+	storeFlags(cmd, &f.store)
 	return cmd
+}
+
+// storeFlags are podman's global flags, and --policy.
+func storeFlags(cmd *cobra.Command, o *storage.Options) {
+	flags := cmd.Flags()
+	flags.StringVar(&o.Root, "root", "", "graph root of the store, as podman's --root")
+	flags.StringVar(&o.RunRoot, "runroot", "", "run root of the store, as podman's --runroot")
+	flags.StringVar(&o.Driver, "storage-driver", "", "driver of the store, as podman's --storage-driver")
+	flags.StringArrayVar(&o.DriverOpts, "storage-opt", nil, "option of the driver, as podman's --storage-opt; repeatable")
+	flags.StringVar(&o.PolicyPath, "policy", "", "policy.json to honour (default: the system's)")
 }
 
 func load(cmd *cobra.Command, f loadFlags) (err error) {

@@ -93,7 +93,7 @@ func rootCommand() *cobra.Command {
 		Args:          cobra.NoArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(loadCommand(), verifyCommand(), versionCommand())
+	cmd.AddCommand(loadCommand(), verifyCommand(), runCommand(), existsCommand(), metricsCommand(), doctorCommand(), versionCommand())
 	return cmd
 }
 

@@ -34,11 +34,11 @@ func (s *source) open() (*archive.Partition, *manifest.Set, error) {
 		path, err = filepath.EvalSymlinks(path)
 	}
 	if err != nil {
-		return nil, nil, &exitError{code: exitNoPartition, err: fmt.Errorf("find folder: %w", err), hint: "is the partition mounted?"}
+		return nil, nil, &exitError{code: exitNoPartition, err: fmt.Errorf("find folder %s: %w", s.from, err), hint: "is the partition mounted?"}
 	}
 	root, err := os.OpenRoot(path)
 	if err != nil {
-		return nil, nil, &exitError{code: exitNoPartition, err: fmt.Errorf("open folder: %w", err), hint: "is the partition mounted?"}
+		return nil, nil, &exitError{code: exitNoPartition, err: fmt.Errorf("open folder %s: %w", s.from, err), hint: "is the partition mounted?"}
 	}
 	set, err := s.set(root)
 	if err != nil {

@@ -29,6 +29,10 @@ type Partition struct {
 	Path string // where Root is, for messages and for the policy's scopes
 	Room *Room  // shared by everything that reads at the same time; nil: unbounded
 
+	// Moved is told how many bytes have been read so far, whenever there are
+	// more; by any goroutine. Nil: nobody is.
+	Moved func(bytes int64)
+
 	read atomic.Int64
 }
 
@@ -132,7 +136,9 @@ func (r *file) Read(p []byte) (int, error) {
 	}
 	n, err := r.f.Read(p)
 	r.a.read.Add(int64(n))
-	r.a.part.read.Add(int64(n))
+	if total := r.a.part.read.Add(int64(n)); n > 0 && r.a.part.Moved != nil {
+		r.a.part.Moved(total)
+	}
 	if err != nil && err != io.EOF {
 		err = &Error{ReadFailed, err}
 	}
