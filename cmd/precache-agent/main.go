@@ -94,6 +94,7 @@ func rootCommand() *cobra.Command {
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(loadCommand(), verifyCommand(), runCommand(), existsCommand(), metricsCommand(), doctorCommand(), versionCommand())
+	cmd.AddCommand(ignitionCommand())
 	return cmd
 }
 

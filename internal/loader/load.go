@@ -70,6 +70,9 @@ func Load(ctx context.Context, o Options) (Summary, error) {
 	}
 	l.open = len(l.queue)
 	if l.open > 0 {
+		if l.parallel, err = o.Store.Prepare(ctx); err != nil {
+			return l.sum, fmt.Errorf("prepare store: %w", err)
+		}
 		l.run(min(o.Jobs, maxJobs, l.open))
 	}
 	if ctx.Err() == nil {
@@ -90,6 +93,7 @@ type load struct {
 	ctx   context.Context
 	began time.Time
 
+	parallel  bool // of the store
 	reporting sync.Mutex
 
 	mu     sync.Mutex
@@ -136,7 +140,7 @@ func (l *load) report(e Event) {
 }
 
 func (l *load) run(jobs int) {
-	if !l.o.Store.Parallel() {
+	if !l.parallel {
 		jobs = 1
 	}
 	stop := context.AfterFunc(l.ctx, func() {
@@ -182,7 +186,7 @@ func (l *load) read(it *item) {
 		it.archive, err = l.o.Partition.Find(it.img)
 	}
 	if err == nil {
-		if l.o.Store.Parallel() {
+		if l.parallel {
 			_, err = it.archive.Visit(l.ctx, it.img, &visitor{l: l, it: it})
 		} else {
 			err = l.inOrder(it)

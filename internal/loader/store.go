@@ -16,9 +16,10 @@ type Store interface {
 	// and with the digest that their reference pins.
 	Present(ctx context.Context, images []manifest.Image) ([]bool, error)
 
-	// Parallel reports whether layers can be staged, any number at once and
-	// in any order. If not, PutLayer takes them, one at a time, parents first.
-	Parallel() bool
+	// Prepare makes the store ready to be written; it comes before the methods
+	// below. It reports whether layers can be staged, any number at once and in
+	// any order. If not, PutLayer takes them, one at a time, parents first.
+	Prepare(ctx context.Context) (parallel bool, err error)
 
 	// Missing returns the diffIDs of an image's layers that have to be
 	// staged before the image can be committed.
@@ -26,7 +27,7 @@ type Store interface {
 	// Stage extracts a layer beside the store. Nil means that it is there,
 	// whole, and what its diffID says; the number is the plain tar's bytes.
 	Stage(ctx context.Context, diffID digest.Digest, b *archive.Blob) (int64, error)
-	// Unstage removes what is staged and was not committed.
+	// Unstage removes what is staged and was not committed, prepared or not.
 	Unstage() error
 
 	// Placed returns how many of an image's layers are in the store at their place, from the base up.

@@ -81,7 +81,7 @@ func (s *Store) copySource(d digest.Digest) (string, error) {
 	s.mu.Lock()
 	broken := s.broken[d]
 	s.mu.Unlock()
-	if broken || !s.Parallel() {
+	if broken || !s.parallel() {
 		return "", nil
 	}
 	all, err := s.store.LayersByUncompressedDigest(d)
@@ -126,7 +126,7 @@ func (s *Store) Commit(ctx context.Context, images []*archive.Image) []error {
 		}
 		defer records[i].close()
 	}
-	if s.Parallel() {
+	if s.parallel() {
 		s.commitLayers(images, errs)
 	}
 	s.record(ctx, images, records, errs)
@@ -136,7 +136,7 @@ func (s *Store) Commit(ctx context.Context, images []*archive.Image) []error {
 // copies stages again what images before this one will take away: the same
 // content at another place in a chain is another layer.
 func (s *Store) copies(ctx context.Context, img *archive.Image, before []*archive.Image, errs []error) error {
-	if !s.Parallel() {
+	if !s.parallel() {
 		return nil
 	}
 	taken := map[string]bool{}      // IDs that the images before will have committed

@@ -54,7 +54,8 @@ type Store struct {
 	layerIndex *index[storage.Layer]
 	imageIndex *index[storage.Image]
 
-	tar *sarchive.TarOptions // how this driver wants its layers extracted; nil: layers in order, through the library
+	prepared func() error
+	tar      *sarchive.TarOptions // how this driver wants its layers extracted; nil: layers in order, through the library
 
 	mu     sync.Mutex
 	staged map[digest.Digest][]*staged
@@ -100,22 +101,11 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	if s.lock, err = lock(ctx, filepath.Join(filepath.Dir(s.staging), "lock"), o.Waiting); err != nil {
 		return nil, err
 	}
-	if err := os.RemoveAll(s.tmp); err != nil { // a killed run's
-		return nil, fmt.Errorf("remove old temporary files: %w", err)
-	}
-	for _, dir := range []string{s.staging, s.tmp} {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return nil, fmt.Errorf("make state folder: %w", err)
-		}
-	}
 	if s.store, err = storage.GetStore(so); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", so.GraphRoot, err)
 	}
 	if s.driver, err = s.store.GraphDriver(); err != nil {
 		return nil, fmt.Errorf("open driver of %s: %w", so.GraphRoot, err)
-	}
-	if s.tar, err = s.tarOptions(so); err != nil {
-		return nil, err
 	}
 	if s.layerIndex, err = newIndex[storage.Layer](s.layers(), "layers"); err != nil {
 		return nil, err
@@ -123,10 +113,28 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	if s.imageIndex, err = newIndex[storage.Image](s.images(), "images"); err != nil {
 		return nil, err
 	}
-	if err := s.label(); err != nil {
-		return nil, err
+	s.prepared = sync.OnceValue(func() error { return s.prepareToWrite(so) })
+	return s, nil
+}
+
+// prepareToWrite does what only a load needs that has something to load: where
+// nothing is missing, nothing is written.
+func (s *Store) prepareToWrite(so storage.StoreOptions) (err error) {
+	if err := os.RemoveAll(s.tmp); err != nil { // a killed run's
+		return fmt.Errorf("remove old temporary files: %w", err)
 	}
-	return s, s.findStaged()
+	for _, dir := range []string{s.staging, s.tmp} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("make state folder: %w", err)
+		}
+	}
+	if s.tar, err = s.tarOptions(so); err != nil {
+		return err
+	}
+	if err := s.label(); err != nil {
+		return err
+	}
+	return s.findStaged()
 }
 
 // Close releases the store. Nothing of it is mounted, and what podman has mounted stays.
@@ -140,7 +148,7 @@ func (s *Store) Close() error {
 		}
 	}
 	if s.lock != nil {
-		errs = append(errs, s.lock.Truncate(0), s.lock.Close())
+		errs = append(errs, s.lock.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -148,9 +156,14 @@ func (s *Store) Close() error {
 // GraphRoot is where the store is.
 func (s *Store) GraphRoot() string { return s.graphRoot }
 
-// Parallel reports whether layers can be staged, in any order. Otherwise
-// [Store.PutLayer] takes them, in order.
-func (s *Store) Parallel() bool { return s.tar != nil }
+// Prepare makes the store ready to be written, and reports whether layers can
+// be staged, in any order. Otherwise [Store.PutLayer] takes them, in order.
+func (s *Store) Prepare(context.Context) (parallel bool, err error) {
+	err = s.prepared()
+	return s.parallel(), err
+}
+
+func (s *Store) parallel() bool { return s.tar != nil }
 
 func (s *Store) home() string   { return filepath.Join(s.graphRoot, s.driver.String()) }
 func (s *Store) layers() string { return filepath.Join(s.graphRoot, s.driver.String()+"-layers") }
@@ -247,23 +260,21 @@ func (s *Store) label() error {
 
 // lock takes the lock that only one agent may have (flock(2): it dies with the process).
 func lock(ctx context.Context, path string, waiting func(string)) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open lock: %w", err)
 	}
 	for told := false; ; {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
-			break
+			return f, nil
 		}
 		if err != unix.EWOULDBLOCK && err != unix.EINTR {
 			f.Close()
 			return nil, fmt.Errorf("lock %s: %w", path, err)
 		}
 		if !told && waiting != nil {
-			holder := make([]byte, 256)
-			n, _ := f.ReadAt(holder, 0)
-			waiting(strings.TrimSpace(string(holder[:n])))
+			waiting(holder(f))
 			told = true
 		}
 		select {
@@ -273,15 +284,24 @@ func lock(ctx context.Context, path string, waiting func(string)) (*os.File, err
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
-	holder := fmt.Sprintf("process %d, since %s\n", os.Getpid(), time.Now().UTC().Format(time.RFC3339))
-	if err := errors.Join(f.Truncate(0), writeAt(f, holder)); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("write lock: %w", err)
-	}
-	return f, nil
 }
 
-func writeAt(f *os.File, s string) error {
-	_, err := f.WriteAt([]byte(s), 0)
-	return err
+// holder says which process has the lock, as far as the kernel tells (proc_locks(5)).
+func holder(f *os.File) string {
+	var st unix.Stat_t
+	b, err := os.ReadFile("/proc/locks")
+	if err == nil {
+		err = unix.Fstat(int(f.Fd()), &st)
+	}
+	if err != nil {
+		return "unknown process"
+	}
+	id := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	for line := range strings.Lines(string(b)) {
+		if fields := strings.Fields(line); len(fields) > 5 && fields[1] == "FLOCK" && fields[5] == id {
+			cmd, _ := os.ReadFile("/proc/" + fields[4] + "/comm")
+			return fmt.Sprintf("process %s (%s)", fields[4], strings.TrimSpace(string(cmd)))
+		}
+	}
+	return "unknown process"
 }

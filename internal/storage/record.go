@@ -149,7 +149,7 @@ func (s *Store) record(ctx context.Context, images []*archive.Image, records []*
 			continue
 		}
 		known := ids[imageID(a)] || slices.ContainsFunc(a.Of.AllNames(), func(name string) bool { return names[name] })
-		if known || len(a.Layers) == 0 || !s.Parallel() {
+		if known || len(a.Layers) == 0 || !s.parallel() {
 			rest = append(rest, n)
 			continue
 		}

@@ -55,7 +55,7 @@ func (s *Store) findStaged() error {
 	for _, e := range entries {
 		l := &staged{path: filepath.Join(s.staging, e.Name())}
 		b, err := os.ReadFile(filepath.Join(l.path, markName))
-		if err == nil && json.Unmarshal(b, l) == nil && l.Boot == s.boot && l.DiffID.Validate() == nil && s.Parallel() {
+		if err == nil && json.Unmarshal(b, l) == nil && l.Boot == s.boot && l.DiffID.Validate() == nil && s.parallel() {
 			s.staged[l.DiffID] = append(s.staged[l.DiffID], l)
 			continue
 		}
@@ -137,13 +137,15 @@ func (s *Store) forget(l *staged) {
 func (s *Store) Unstage() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var errs []error
-	for _, all := range s.staged {
-		for _, l := range all {
-			errs = append(errs, os.RemoveAll(l.path))
-		}
-	}
 	clear(s.staged)
+	entries, err := os.ReadDir(s.staging)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("read staging folder: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		errs = append(errs, os.RemoveAll(filepath.Join(s.staging, e.Name())))
+	}
 	return errors.Join(errs...)
 }
 
