@@ -24,13 +24,14 @@ var version = "development"
 
 // memory is what the Go heap may take, in bytes, so that the process and what
 // the kernel keeps for it stay below 200 MiB (docs/design.md, "Memory").
-const memory = 150 << 20
+const memory = 130 << 20
 
 func main() {
 	if storage.Init() {
 		return
 	}
 	debug.SetMemoryLimit(memory)
+	debug.SetGCPercent(400)         // little is live, and collecting it often is dear
 	_ = time.Now().Local().String() // reads /etc/localtime while the root is still the machine's
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // the second signal ends at once
@@ -94,7 +95,7 @@ func rootCommand() *cobra.Command {
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(loadCommand(), verifyCommand(), runCommand(), existsCommand(), metricsCommand(), doctorCommand(), versionCommand())
-	cmd.AddCommand(ignitionCommand())
+	cmd.AddCommand(ignitionCommand(), siteconfigCommand())
 	return cmd
 }
 

@@ -4,15 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"path/filepath"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/spf13/cobra"
 
 	"github.com/precache/precache-agent/internal/metrics"
+	"github.com/precache/precache-agent/internal/systemd"
 )
 
 func metricsCommand() *cobra.Command {
@@ -27,7 +26,7 @@ file. It needs no privileges, starts nothing, and is started by its socket.`,
 		Example: "  precache-agent metrics --listen 127.0.0.1:29617",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			l, err := listener(listen)
+			l, err := systemd.Listen(listen)
 			if err != nil {
 				return &exitError{code: exitUnexpected, err: err}
 			}
@@ -49,23 +48,4 @@ file. It needs no privileges, starts nothing, and is started by its socket.`,
 	}, "text file to serve, the first that there is; repeatable")
 	flags.DurationVar(&idle, "idle", 30*time.Second, "how long an idle connection stays open")
 	return cmd
-}
-
-// listener is the socket that systemd passes (sd_listen_fds(3)), or one of our own.
-func listener(addr string) (net.Listener, error) {
-	if addr != "" {
-		l, err := net.Listen("tcp", addr)
-		if err != nil {
-			return nil, fmt.Errorf("listen: %w", err)
-		}
-		return l, nil
-	}
-	passed, err := activation.Listeners()
-	if err != nil {
-		return nil, fmt.Errorf("take sockets from systemd: %w", err)
-	}
-	if len(passed) != 1 {
-		return nil, fmt.Errorf("systemd passed %d sockets, want 1: give --listen", len(passed))
-	}
-	return passed[0], nil
 }

@@ -17,7 +17,7 @@ import (
 // are there, with the right digest and size. Of a list, every instance that is
 // staged is verified, and one has to be. DiffIDs are not: that takes a load.
 func (a *Archive) Verify(ctx context.Context, img manifest.Image) []error {
-	c := &check{ctx: ctx, l: newLayout(img), tenant: &tenant{room: a.part.Room}, must: map[string]bool{}, sums: map[string]v1.Descriptor{}}
+	c := &check{ctx: ctx, l: newLayout(img), tenant: &tenant{room: a.part.Room}, must: map[string]bool{}, sums: map[string]v1.Descriptor{}, buf: make([]byte, inputBuffer)}
 	for {
 		c.held = 0
 		if _, err := a.each(ctx, c.tenant, c.member); err != nil {
@@ -47,6 +47,7 @@ type check struct {
 	held   int64
 	must   map[string]bool
 	sums   map[string]v1.Descriptor // digest and size of each member
+	buf    []byte
 	errs   []error
 }
 
@@ -97,7 +98,7 @@ func (c *check) sum(m *member, k kind) error {
 		r = z
 	}
 	d := digest.SHA256.Digester()
-	n, err := io.CopyBuffer(d.Hash(), struct{ io.Reader }{r}, make([]byte, inputBuffer))
+	n, err := io.CopyBuffer(d.Hash(), struct{ io.Reader }{r}, c.buf)
 	if err != nil {
 		return noEOF(err)
 	}

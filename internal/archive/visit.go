@@ -139,10 +139,7 @@ func (s *visit) member(m *member) error {
 	if kind == isBlob && m.size > maxHeld && s.v.Want(d) {
 		return s.visit(m.r, d, m.size)
 	}
-	if err := s.measure(m, kind); err != nil {
-		return err
-	}
-	return s.resolve()
+	return s.measure(m, kind)
 }
 
 func (s *visit) metadata(m *member, kind kind) error {
@@ -172,6 +169,9 @@ func (s *visit) hold(m *member) error {
 	kind, _ := kindOf(m.name)
 	if err := s.measure(m, kind); err != nil {
 		return err
+	}
+	if need, ok := isNeed(s.need); ok && need.name != m.name && kind != isTop && kind != isIndex {
+		return nil // what was missing still is
 	}
 	return s.resolve()
 }

@@ -39,7 +39,7 @@ var mayImport = map[string][]string{
 }
 
 // helpers serve tests and development. They may import each other and whatever they need; only test files import them.
-var helpers = []string{"internal/fixture", "internal/storetest", "internal/integration", "internal/bench", "internal/depgraph", "hack"}
+var helpers = []string{"internal/fixture", "internal/storetest", "internal/integration", "internal/bench", "internal/depgraph", "internal/vm", "internal/e2e", "internal/loader/storecontract", "hack"}
 
 // importAlone is who alone may import what is outside the module. Helpers may as well.
 var importAlone = map[string][]string{

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/precache/precache-agent/internal/loader"
 )
@@ -131,6 +132,11 @@ func (m *Metrics) Succeeded(yes bool) {
 	} else {
 		m.success.Set(0)
 	}
+}
+
+// Handler serves the series as they are.
+func (m *Metrics) Handler() http.Handler {
+	return promhttp.HandlerFor(m.Registry, promhttp.HandlerOpts{})
 }
 
 // WriteFile replaces path by the series in the text format, for everybody to read.
