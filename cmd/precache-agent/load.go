@@ -55,7 +55,7 @@ func storeFlags(cmd *cobra.Command, o *storage.Options) {
 func load(cmd *cobra.Command, f loadFlags) (err error) {
 	ctx, errw := cmd.Context(), cmd.ErrOrStderr()
 	if f.jobs < 0 || f.attempts < 1 {
-		return &exitError{code: exitUsage, err: errors.New("--jobs and --attempts are at least 1")}
+		return &exitError{code: exitUsage, err: errors.New("--jobs is not negative, and --attempts at least 1")}
 	}
 	view, err := newProgress(f.progress, cmd.OutOrStdout())
 	if err != nil {
@@ -97,6 +97,8 @@ func load(cmd *cobra.Command, f loadFlags) (err error) {
 	})
 	view.end()
 	switch {
+	case err != nil && ctx.Err() != nil:
+		return &exitError{code: exitInterrupted, err: err}
 	case err != nil:
 		return &exitError{code: exitUnexpected, err: err}
 	case ctx.Err() != nil && sum.Failed > 0:

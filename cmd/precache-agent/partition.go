@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -58,7 +57,11 @@ func (s *source) set(root *os.Root) (*manifest.Set, error) {
 	if len(groups) == 0 {
 		var err error
 		if groups, err = manifest.Groups(root.FS()); err != nil {
-			return nil, &exitError{code: exitNoPartition, err: fmt.Errorf("look for lists: %w", err)}
+			code := exitNoPartition
+			if errors.As(err, new(*manifest.ListError)) {
+				code = exitBadList
+			}
+			return nil, &exitError{code: code, err: fmt.Errorf("look for lists: %w", err)}
 		}
 		if len(groups) == 0 {
 			return nil, &exitError{code: exitBadList, err: fmt.Errorf("look for lists in %s: no file NAME-images.txt", s.from),
@@ -88,5 +91,5 @@ func plural(n int, one string) string {
 	if n == 1 {
 		return "1 " + one
 	}
-	return fmt.Sprintf("%d %ss", n, strings.TrimSuffix(one, "s"))
+	return fmt.Sprintf("%d %ss", n, one)
 }

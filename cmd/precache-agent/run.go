@@ -116,7 +116,7 @@ func runService(cmd *cobra.Command, f runFlags) error {
 		return &exitError{code: exitUsage, err: errors.New("--ready-after is all, or, in the install stage, essential")}
 	}
 	if f.attempts < 1 || f.jobs < 0 {
-		return &exitError{code: exitUsage, err: errors.New("--jobs and --attempts are at least 1")}
+		return &exitError{code: exitUsage, err: errors.New("--jobs is not negative, and --attempts at least 1")}
 	}
 	if f.timeout == 0 {
 		f.timeout = stageTimeout[f.stage]

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"runtime"
 	"sync"
@@ -65,24 +64,22 @@ func verify(cmd *cobra.Command, part *archive.Partition, set *manifest.Set) erro
 			next <- i
 		}
 	})
-	interrupted := false
 	for i, img := range set.Images {
 		errs := <-results[i]
+		if ctx.Err() != nil {
+			return &exitError{code: exitInterrupted}
+		}
 		if len(errs) == 0 {
 			fmt.Fprintf(out, "whole  %s\n", img.Ref)
 			continue
 		}
 		faulty++
 		for _, err := range errs {
-			interrupted = interrupted || errors.Is(err, context.Canceled)
 			fmt.Fprintf(out, "faulty %s (%s:%d): %s: %v\n", img.Ref, img.File, img.Line, archive.ReasonOf(err), err)
 		}
 	}
 	fmt.Fprintf(out, "%s, %d whole, %d faulty\n", plural(len(set.Images)+len(set.Bad), "image"), len(set.Images)+len(set.Bad)-faulty, faulty)
-	switch {
-	case interrupted:
-		return &exitError{code: exitInterrupted}
-	case faulty > 0:
+	if faulty > 0 {
 		return &exitError{code: exitIncomplete, hint: "stage the faulty images again"}
 	}
 	return nil

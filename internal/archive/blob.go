@@ -20,14 +20,11 @@ type Blob struct {
 	tenant *tenant
 }
 
-// Unpack calls f with the plain content of the blob, which f reads to its end,
-// and returns f's error, or an [Error] if the blob is not what its digest and
-// size say. Only if it returns nil was f's input the right one.
+// Unpack calls f with the plain content of the blob, and returns f's error, or
+// an [Error] if the blob is not what its digest and size say. The content ends
+// with io.EOF only if it is.
 func (b *Blob) Unpack(ctx context.Context, f func(plain io.Reader, c Compression) error) error {
-	raw, check := b.r, func(v *verifier) error {
-		_, err := io.Copy(io.Discard, v)
-		return classify(CorruptArchive, noEOF(err))
-	}
+	raw := b.r
 	var v *verifier
 	if !b.plain {
 		v = newVerifier(b.r, b.Digest, b.Size)
@@ -38,11 +35,12 @@ func (b *Blob) Unpack(ctx context.Context, f func(plain io.Reader, c Compression
 		return b.prefer(v, classify(CorruptArchive, noEOF(err)))
 	}
 	defer z.Close()
-	var content io.Reader = &marked{z}
+	plain := io.Reader(&marked{z})
 	if b.plain {
-		v = newVerifier(content, b.Digest, b.Size)
-		content = v
+		v = newVerifier(plain, b.Digest, b.Size)
+		plain = v
 	}
+	content := &judged{r: plain, blob: v}
 	if b.Size < aheadFrom && b.Size >= 0 {
 		err = f(content, c)
 	} else {
@@ -53,10 +51,27 @@ func (b *Blob) Unpack(ctx context.Context, f func(plain io.Reader, c Compression
 		err = f(a, c)
 		a.Close() // before anything else reads what it reads from
 	}
-	if err != nil {
-		return b.prefer(v, err)
+	if err == nil { // whatever f has left
+		_, err = io.Copy(io.Discard, content)
 	}
-	return check(v)
+	return b.prefer(v, err)
+}
+
+// A judged reader ends with io.EOF only if the whole blob is what it should be:
+// what is made of its content need not be unmade then.
+type judged struct {
+	r    io.Reader
+	blob *verifier
+}
+
+func (j *judged) Read(p []byte) (int, error) {
+	n, err := j.r.Read(p)
+	if err == io.EOF {
+		if _, verdict := io.Copy(io.Discard, j.blob); verdict != nil {
+			err = classify(CorruptArchive, noEOF(verdict))
+		}
+	}
+	return n, err
 }
 
 // prefer returns the digest's verdict in place of what a damaged blob did
@@ -81,6 +96,10 @@ func (m *marked) Read(p []byte) (int, error) {
 	}
 	return n, err
 }
+
+// NewVerifier returns a reader of r that ends with io.EOF only if the content
+// has the digest, and otherwise with an [Error] whose reason is DigestMismatch.
+func NewVerifier(r io.Reader, want digest.Digest) io.Reader { return newVerifier(r, want, -1) }
 
 // A verifier gives its verdict in place of io.EOF.
 type verifier struct {

@@ -149,9 +149,7 @@ func TestDecompress(t *testing.T) {
 			} else if err != nil || !bytes.Equal(got, data) || c != tt.c {
 				t.Errorf("%q, %s, %v", got, c, err)
 			}
-			if len(room.medium)+len(room.large) != 0 {
-				t.Error("the room is not given back")
-			}
+			wantRoom(t, room)
 			if n > 100*mib {
 				t.Errorf("it took %d MiB", n>>20)
 			}
@@ -220,11 +218,49 @@ func TestWindowsInWindows(t *testing.T) {
 					v.wantContent(t, got)
 				}
 			})
-			if len(a.part.Room.large) != 0 {
-				t.Error("the room is not given back")
-			}
+			wantRoom(t, a.part.Room)
 		})
 	}
+}
+
+// wantRoom fails unless all of the room is free again.
+func wantRoom(t testing.TB, room *Room) {
+	t.Helper()
+	if n, m := len(room.medium), len(room.large); n+m != 0 {
+		t.Errorf("%d and %d places are not given back", n, m)
+	}
+}
+
+// Whatever archives need at once, in whatever order they come: nobody waits for ever.
+func TestRoomMixed(t *testing.T) {
+	zstd := func(log int) func([]byte) []byte { return func(b []byte) []byte { return zstdFrame(log, b) } }
+	same := func(b []byte) []byte { return b }
+	room := &Room{}
+	var wg sync.WaitGroup
+	for i, kinds := range slices.Repeat([][2]func([]byte) []byte{
+		{zstd(20), zstd(26)}, {same, zstd(26)}, {zstd(26), zstd(20)}, {zstd(23), same}, {zstd(24), zstd(25)}, {zstd(20), zstd(23)},
+	}, 3) {
+		a, ref, _ := windowed(t, kinds[0], kinds[1])
+		a.part.Room = room
+		wg.Go(func() {
+			v := &taker{unpack: func(b *Blob) (content []byte, err error) {
+				err = b.Unpack(t.Context(), func(r io.Reader, _ Compression) error {
+					time.Sleep(time.Duration(i) * time.Millisecond)
+					content, err = io.ReadAll(r)
+					return err
+				})
+				return content, err
+			}}
+			img, err := a.Visit(t.Context(), set(t, ref), v)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			v.wantContent(t, img)
+		})
+	}
+	within(t, 60*time.Second, wg.Wait)
+	wantRoom(t, room)
 }
 
 // One archive at a time has the room; the others wait, and all get it in the end.
@@ -262,9 +298,10 @@ func TestRoomShared(t *testing.T) {
 		})
 	}
 	within(t, 60*time.Second, wg.Wait)
-	if most.Load() != 1 || len(room.large) != 0 {
-		t.Errorf("%d had the room at once, %d have it still", most.Load(), len(room.large))
+	if most.Load() != 1 {
+		t.Errorf("%d had the room at once", most.Load())
 	}
+	wantRoom(t, room)
 }
 
 // Who waits for room stops waiting when its context ends.

@@ -68,9 +68,7 @@ func (d *damaged) read(t *testing.T, what string, b []byte) {
 	if t.Failed() {
 		t.FailNow()
 	}
-	if len(d.a.part.Room.large) != 0 {
-		t.Fatalf("%s: the room is not given back", what)
-	}
+	wantRoom(t, d.a.part.Room)
 }
 
 var damageStages = []fixture.Stage{

@@ -250,6 +250,24 @@ func (h *hashing) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// sums corrects the checksums of a plain tar's headers, or most of what is tried would end there.
+func sums(b []byte) []byte {
+	b = slices.Clone(b)
+	for at := 0; at+512 <= len(b); at += 512 {
+		h := b[at : at+512]
+		if string(h[257:262]) != "ustar" {
+			continue
+		}
+		copy(h[148:156], "        ")
+		sum := 0
+		for _, c := range h {
+			sum += int(c)
+		}
+		copy(h[148:156], fmt.Sprintf("%06o\x00 ", sum))
+	}
+	return b
+}
+
 func FuzzArchive(f *testing.F) {
 	dir := f.TempDir()
 	x := text(f, "x")
@@ -268,13 +286,15 @@ func FuzzArchive(f *testing.F) {
 			f.Add(b)
 		}
 	}
+	root, err := os.OpenRoot(dir)
+	must(f, err)
+	defer root.Close()
+	file, of := filepath.Join(dir, "image_v1.tar"), set(f, repo+":v1")
 	f.Add(tarOf("manifest.json", "{}"))
 	f.Add(pack(f, fixture.Gzip, 0, tarOf("manifest.json", string(img.Manifest), img.ConfigDigest.Encoded(), string(img.Config))))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		work := t.TempDir()
-		must(t, os.WriteFile(filepath.Join(work, "image_v1.tar"), b, 0o600))
-		p := partition(t, work)
-		of := set(t, repo+":v1")
+		must(t, os.WriteFile(file, sums(b), 0o600))
+		p := &Partition{Root: root, Path: dir, Room: &Room{}}
 		a, err := p.Find(of)
 		must(t, err)
 		w := &watcher{t: t, given: map[digest.Digest]bool{}}
@@ -295,9 +315,7 @@ func FuzzArchive(f *testing.F) {
 				}
 			}
 		}
-		if p.Room.token != nil && len(p.Room.token) != 0 {
-			t.Error("the room is not given back")
-		}
+		wantRoom(t, p.Room)
 	})
 }
 
@@ -335,7 +353,7 @@ func FuzzDecompress(f *testing.F) {
 		}
 		// However the input is cut into pieces, the result is the same.
 		again, d, err2 := read(&dribble{b: b})
-		if c != d || sum != again || (err == nil) != (err2 == nil) {
+		if c != d || (err == nil) != (err2 == nil) || err == nil && sum != again {
 			t.Errorf("got %s, %s, %v, in small pieces %s, %s, %v", c, sum, err, d, again, err2)
 		}
 		// And the input's own error is never swallowed.
@@ -345,9 +363,7 @@ func FuzzDecompress(f *testing.F) {
 		} else if ReasonOf(classify(CorruptArchive, err)) == ReadFailed {
 			t.Errorf("%v", err)
 		}
-		if len(room.token) != 0 {
-			t.Error("the room is not given back")
-		}
+		wantRoom(t, room)
 	})
 }
 

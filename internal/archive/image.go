@@ -69,9 +69,6 @@ type Layer struct {
 	Digest digest.Digest // of the blob, as the manifest names it
 	Size   int64         // of the blob, in bytes
 	DiffID digest.Digest // of the plain tar, as the config names it
-
-	// Compression is what the manifest's media type says; the blob may be otherwise.
-	Compression Compression
 }
 
 // A Signature is one signature file, as skopeo's dir: layout keeps it.
@@ -217,12 +214,6 @@ func pair(layers []v1.Descriptor, ids []digest.Digest) ([]Layer, error) {
 		}
 		of[d.Digest] = ids[i]
 		out[i] = Layer{Digest: d.Digest, Size: d.Size, DiffID: ids[i]}
-		switch {
-		case strings.HasSuffix(d.MediaType, "gzip"):
-			out[i].Compression = Gzip
-		case strings.HasSuffix(d.MediaType, "zstd"):
-			out[i].Compression = Zstd
-		}
 	}
 	return out, nil
 }

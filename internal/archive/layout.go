@@ -70,6 +70,9 @@ type layout struct {
 	whole      bool                     // it was read to its end
 	plain      map[string]int64         // plain sizes of what may be layers of a docker-archive
 	measure    map[string]bool          // members whose plain size is needed
+	order      []string                 // after resolve: the names of the layers' members, base first
+	kept       int64                    // bytes of metadata
+	signed     int                      // signatures
 	meta       map[string][]byte        // what was read into memory, by name
 	sizes      map[string]int64         // plain sizes of all other members that were met, by name
 	links      map[string]string        // symbolic links, by name
@@ -100,6 +103,19 @@ func (l *layout) note(name string, k kind) error {
 		return fault(CorruptArchive, "it holds both %s and %s", *at, name)
 	}
 	*at = name
+	return nil
+}
+
+// count takes a member of the metadata into account before it is read.
+func (l *layout) count(m *member, k kind) error {
+	if k == isSignature {
+		if l.signed++; l.signed > maxSignatures {
+			return fault(Unsupported, "more than %d signatures", maxSignatures)
+		}
+	}
+	if l.kept += m.size; m.size > maxMetadata || l.kept > heldInAll {
+		return fault(Unsupported, "%s has %d bytes; of manifests and signatures at most %d MiB are read", m.name, m.size, heldInAll>>20)
+	}
 	return nil
 }
 
@@ -277,10 +293,11 @@ func (l *layout) resolveManifest(top []byte) (*Image, error) {
 	if img.Layers, err = pair(m.descs, ids); err != nil {
 		return nil, err
 	}
-	img.Signatures = l.signatures()
 	l.blobs = map[string]digest.Digest{}
 	for _, layer := range img.Layers {
-		l.blobs[l.blobName(layer.Digest)] = layer.Digest
+		name := l.blobName(layer.Digest)
+		l.blobs[name] = layer.Digest
+		l.order = append(l.order, name)
 	}
 	return img, nil
 }
@@ -365,6 +382,7 @@ func (l *layout) resolveDocker(top []byte) (*Image, error) {
 		Layers        []descriptor `json:"layers"`
 	}{2, dockerManifest, descriptor{dockerConfig, int64(len(img.Config)), digest.FromBytes(img.Config)}, []descriptor{}}
 	l.blobs = map[string]digest.Digest{}
+	l.order = nil
 	size := map[digest.Digest]int64{}
 	for i, id := range ids {
 		name, err := l.member(item.Layers[i])
@@ -380,6 +398,7 @@ func (l *layout) resolveDocker(top []byte) (*Image, error) {
 				return nil, fault(CorruptArchive, "%s stands for two layers, %s and %s", name, short(other), short(id))
 			}
 			l.blobs[name] = id
+			l.order = append(l.order, name)
 		}
 		m.Layers = append(m.Layers, descriptor{dockerLayerGz, size[id], id})
 		img.Layers = append(img.Layers, Layer{Digest: id, Size: size[id], DiffID: id})

@@ -71,8 +71,12 @@ func (c *check) member(m *member) error {
 	case c.l.meta[m.name] != nil:
 		return nil
 	case keep || m.size <= maxHeld && c.held+m.size <= heldInAll:
-		if c.held += m.size; c.held > 4*heldInAll {
-			return fault(Unsupported, "manifests and signatures take more than %d MiB", 4*heldInAll>>20)
+		if keep {
+			if err := c.l.count(m, kind); err != nil {
+				return err
+			}
+		} else {
+			c.held += m.size
 		}
 		b, err := io.ReadAll(m.r)
 		if err != nil {

@@ -15,7 +15,7 @@ import (
 
 const (
 	maxHeld   = maxMetadata // a member up to this size may be a config, and is kept until that is known
-	heldInAll = 8 << 20     // of one archive, in bytes
+	heldInAll = 5 << 20     // of one archive, in bytes, and as much again of manifests and signatures
 )
 
 // A Visitor is handed the layers of an image as they pass by.
@@ -44,6 +44,10 @@ func (a *Archive) Visit(ctx context.Context, img manifest.Image, v Visitor) (*Im
 		whole, err := a.each(ctx, s.tenant, s.member)
 		if err != nil {
 			return s.img, err
+		}
+		s.ended = s.ended || whole
+		if whole && s.img != nil && s.l.index == "" && !s.l.docker {
+			s.img.Signatures = s.l.signatures()
 		}
 		if whole && s.img == nil && s.failure == nil {
 			s.l.whole = true
@@ -105,6 +109,7 @@ type visit struct {
 	need    error           // the needError without which the image cannot be resolved
 	failure error           // why the image cannot be resolved at all
 	skipped bool            // a blob passed by in this pass before the image was resolved
+	ended   bool            // a pass went to the archive's end
 }
 
 func (s *visit) member(m *member) error {
@@ -113,6 +118,9 @@ func (s *visit) member(m *member) error {
 		s.l.sizes[m.name] = m.size
 	}
 	if s.img != nil {
+		if kind == isSignature && !s.ended {
+			return s.keep(m)
+		}
 		if d, ok := s.l.blobs[m.name]; ok {
 			return s.offer(m, d)
 		}
@@ -149,10 +157,23 @@ func (s *visit) metadata(m *member, kind kind) error {
 	if kind == isIndex {
 		s.failure = nil // it may say it better
 	}
-	if s.held += m.size; s.held > 4*heldInAll {
-		return fault(Unsupported, "manifests and signatures take more than %d MiB", 4*heldInAll>>20)
+	if err := s.l.count(m, kind); err != nil {
+		return err
 	}
 	return s.hold(m)
+}
+
+// keep keeps a signature that comes after the image was resolved.
+func (s *visit) keep(m *member) error {
+	if err := s.l.count(m, isSignature); err != nil {
+		return err
+	}
+	b := make([]byte, m.size)
+	if _, err := io.ReadFull(m.r, b); err != nil {
+		return noEOF(err)
+	}
+	s.l.meta[m.name] = b
+	return nil
 }
 
 // hold keeps a small member in memory and looks whether the image is now known.
@@ -215,15 +236,26 @@ func (s *visit) resolve() error {
 		return err
 	}
 	held := s.l.meta
-	s.l.meta = nil
+	s.l.meta = map[string][]byte{}
 	for name, b := range held {
-		if d, ok := s.l.blobs[name]; ok && s.v.Want(d) {
-			if err := s.visit(bytes.NewReader(b), d, int64(len(b))); err != nil {
+		if kind, _ := kindOf(name); kind == isSignature {
+			s.l.meta[name] = b
+		}
+	}
+	for _, name := range s.l.order {
+		if b, ok := held[name]; ok && s.v.Want(s.l.blobs[name]) {
+			if err := s.visit(bytes.NewReader(b), s.l.blobs[name], int64(len(b))); err != nil {
 				return err
 			}
 		}
 	}
-	if !s.v.More() {
+	return s.stop()
+}
+
+// stop ends a pass that can bring nothing more. Where there may be signatures,
+// the first pass goes to the end: they may stand anywhere.
+func (s *visit) stop() error {
+	if !s.v.More() && (s.ended || s.l.docker || s.l.index != "") {
 		return errStop
 	}
 	return nil
@@ -236,10 +268,7 @@ func (s *visit) offer(m *member, d digest.Digest) error {
 			return err
 		}
 	}
-	if !s.v.More() {
-		return errStop
-	}
-	return nil
+	return s.stop()
 }
 
 func (s *visit) visit(r io.Reader, d digest.Digest, size int64) error {

@@ -16,12 +16,12 @@ import (
 )
 
 const (
-	maxJobs     = 8           // what fits in the memory that the agent allows itself
-	maxHeld     = 16 << 20    // bytes of metadata of images that wait for layers or for the committer
-	maxBatch    = 64          // images committed at once
-	gather      = time.Second // for which complete images wait for more
-	firstPause  = 500 * time.Millisecond
-	defaultTrys = 3
+	maxJobs    = 8           // what fits in the memory that the agent allows itself
+	maxHeld    = 16 << 20    // bytes of metadata of images that wait for layers or for the committer
+	maxBatch   = 64          // images committed at once
+	gather     = time.Second // for which complete images wait for more
+	firstPause = 500 * time.Millisecond
+	maxNeeds   = 3 // how often what the store lost meanwhile is read again
 )
 
 // Options say what is loaded, from where, to where. Zero fields are defaults.
@@ -43,7 +43,7 @@ func Load(ctx context.Context, o Options) (Summary, error) {
 		o.Jobs = runtime.GOMAXPROCS(0)
 	}
 	if o.Attempts <= 0 {
-		o.Attempts = defaultTrys
+		o.Attempts = 3
 	}
 	if o.Report == nil {
 		o.Report = func(Event) {}
@@ -113,10 +113,12 @@ type item struct {
 	img      manifest.Image
 	archive  *archive.Archive
 	meta     *archive.Image  // nil: not read yet, or given up for its memory
+	held     int64           // bytes that meta counts for
 	need     []digest.Digest // diffIDs of the layers that have to be staged for it
 	started  time.Time
 	complete time.Time // when its last layer was staged
 	attempts int
+	needs    int // times that Commit wanted layers after all
 }
 
 // A needed layer is one that has to be staged.
@@ -143,11 +145,7 @@ func (l *load) run(jobs int) {
 	if !l.parallel {
 		jobs = 1
 	}
-	stop := context.AfterFunc(l.ctx, func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		l.cond.Broadcast()
-	})
+	stop := context.AfterFunc(l.ctx, l.wake)
 	defer stop()
 	var wg sync.WaitGroup
 	for range jobs {
@@ -155,6 +153,13 @@ func (l *load) run(jobs int) {
 	}
 	wg.Go(l.commit)
 	wg.Wait()
+}
+
+// wake makes everybody look again.
+func (l *load) wake() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.cond.Broadcast()
 }
 
 // work reads archives until every image has its end.
@@ -229,7 +234,7 @@ func (l *load) settle(it *item) {
 	default:
 		it.complete = time.Now()
 		if l.ready = append(l.ready, it); len(l.ready) == 1 {
-			time.AfterFunc(gather, l.cond.Broadcast)
+			time.AfterFunc(gather, l.wake)
 		}
 		l.cond.Broadcast()
 		// The committer makes room, and it waits for nobody.
@@ -245,14 +250,14 @@ func (l *load) again(it *item) {
 }
 
 func (l *load) hold(it *item, img *archive.Image) {
-	it.meta = img
-	l.held += img.Bytes()
+	it.meta, it.held = img, img.Bytes()
+	l.held += it.held
 }
 
 func (l *load) drop(it *item) {
 	if it.meta != nil {
-		l.held -= it.meta.Bytes()
-		it.meta = nil
+		l.held -= it.held
+		it.meta, it.held = nil, 0
 	}
 }
 
@@ -319,7 +324,7 @@ func (l *load) commit() {
 		n := min(len(l.ready), maxBatch)
 		batch := slices.Clone(l.ready[:n])
 		if l.ready = slices.Delete(l.ready, 0, n); len(l.ready) > 0 {
-			time.AfterFunc(gather, l.cond.Broadcast)
+			time.AfterFunc(gather, l.wake)
 		}
 		l.mu.Unlock()
 
@@ -372,8 +377,8 @@ func (l *load) commitBatch(ctx context.Context, batch []*item) []error {
 // committed decides, with l.mu held, what comes of an item that was committed or not.
 func (l *load) committed(it *item, err error) {
 	var needs interface{ Needed() []digest.Digest }
-	if errors.As(err, &needs) && it.attempts+1 < l.o.Attempts {
-		it.attempts++
+	if errors.As(err, &needs) && it.needs < maxNeeds {
+		it.needs++
 		for _, d := range needs.Needed() {
 			if layer := l.layers[d]; layer != nil && layer.state == done {
 				layer.state = free

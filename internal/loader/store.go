@@ -32,6 +32,8 @@ type Store interface {
 
 	// Placed returns how many of an image's layers are in the store at their place, from the base up.
 	Placed(ctx context.Context, layers []archive.Layer) (int, error)
+	// Allowed asks the policy about an image, before its first PutLayer. Commit asks as well.
+	Allowed(ctx context.Context, img *archive.Image) error
 	// PutLayer puts layers[n], whose parents are placed.
 	PutLayer(ctx context.Context, layers []archive.Layer, n int, b *archive.Blob) (int64, error)
 

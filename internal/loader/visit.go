@@ -95,6 +95,13 @@ func (v *visitor) More() bool {
 // inOrder puts an image's layers into a store that takes them one after the
 // other, reading the archive as often as their order in it demands.
 func (l *load) inOrder(it *item) error {
+	img, err := it.archive.Image(l.ctx, it.img)
+	if err != nil {
+		return err
+	}
+	if err := l.o.Store.Allowed(l.ctx, img); err != nil {
+		return err
+	}
 	for {
 		v := &ordered{l: l}
 		img, err := it.archive.Visit(l.ctx, it.img, v)

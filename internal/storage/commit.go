@@ -101,12 +101,7 @@ func (s *Store) splitPath(id string) string { return filepath.Join(s.layers(), i
 // Sync returns when all that was written to the store before survives a power
 // cut (syncfs(2); errors of writing back are reported from Linux 5.8 on).
 func (s *Store) Sync(context.Context) error {
-	f, err := os.Open(s.graphRoot)
-	if err != nil {
-		return fmt.Errorf("open %s: %w", s.graphRoot, err)
-	}
-	defer f.Close()
-	if err := unix.Syncfs(int(f.Fd())); err != nil {
+	if err := unix.Syncfs(int(s.root.Fd())); err != nil {
 		return fmt.Errorf("sync %s: %w", s.graphRoot, err)
 	}
 	return nil
@@ -120,11 +115,20 @@ func (s *Store) Sync(context.Context) error {
 func (s *Store) Commit(ctx context.Context, images []*archive.Image) []error {
 	errs := make([]error, len(images))
 	records := make([]*record, len(images))
+	copied := false
+	taken, uses := map[string]bool{}, map[digest.Digest]int{}
 	for i, img := range images {
-		if records[i], errs[i] = s.prepare(ctx, img); errs[i] == nil {
-			errs[i] = s.copies(ctx, img, images[:i], errs)
+		if records[i], errs[i] = s.prepare(ctx, img); errs[i] == nil && s.parallel() {
+			errs[i] = s.copies(ctx, img, taken, uses, &copied)
 		}
 		defer records[i].close()
+	}
+	if copied { // as for what was staged before
+		if err := s.Sync(ctx); err != nil {
+			for i := range errs {
+				errs[i] = err
+			}
+		}
 	}
 	if s.parallel() {
 		s.commitLayers(images, errs)
@@ -133,49 +137,40 @@ func (s *Store) Commit(ctx context.Context, images []*archive.Image) []error {
 	return errs
 }
 
-// copies stages again what images before this one will take away: the same
-// content at another place in a chain is another layer.
-func (s *Store) copies(ctx context.Context, img *archive.Image, before []*archive.Image, errs []error) error {
-	if !s.parallel() {
-		return nil
-	}
-	taken := map[string]bool{}      // IDs that the images before will have committed
-	uses := map[digest.Digest]int{} // staged layers that they use
-	count := func(layers []archive.Layer) (need []archive.Layer) {
-		for i, id := range chain(layers) {
-			if taken[id] || s.has(id) {
-				continue
-			}
-			taken[id] = true
-			uses[layers[i].DiffID]++
-			need = append(need, layers[i])
+// copies stages again what the images before this one take away: the same
+// content at another place in a chain is another layer. Taken are the IDs that
+// they bring, uses how often they need a diffID.
+func (s *Store) copies(ctx context.Context, img *archive.Image, taken map[string]bool, uses map[digest.Digest]int, copied *bool) error {
+	for i, id := range chain(img.Layers) {
+		if taken[id] || s.has(id) {
+			continue
 		}
-		return need
-	}
-	for i, b := range before {
-		if errs[i] == nil {
-			count(b.Layers)
-		}
-	}
-	for _, l := range count(img.Layers) {
-		s.mu.Lock()
-		have := len(s.staged[l.DiffID])
-		s.mu.Unlock()
-		for ; have < uses[l.DiffID]; have++ {
-			if err := s.copyLayer(ctx, l); err != nil {
+		layer := img.Layers[i]
+		taken[id] = true
+		uses[layer.DiffID]++
+		for s.count(layer.DiffID) < uses[layer.DiffID] {
+			if err := s.copyLayer(ctx, layer); err != nil {
 				return err
 			}
+			*copied = true
 		}
 	}
 	return nil
+}
+
+func (s *Store) count(d digest.Digest) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.staged[d])
 }
 
 // copyLayer stages a layer once more, from where it is staged or in the store.
 func (s *Store) copyLayer(ctx context.Context, layer archive.Layer) error {
 	need := &NeedError{[]digest.Digest{layer.DiffID}}
 	var tree, split string
+	var like staged
 	if l := s.pick(layer.DiffID, nil); l != nil {
-		tree, split = filepath.Join(l.path, treeName), filepath.Join(l.path, splitName)
+		tree, split, like = filepath.Join(l.path, treeName), filepath.Join(l.path, splitName), *l
 	} else {
 		id, err := s.copySource(layer.DiffID)
 		if err != nil {
@@ -185,6 +180,9 @@ func (s *Store) copyLayer(ctx context.Context, layer archive.Layer) error {
 			return need
 		}
 		tree, split = filepath.Join(s.home(), id, "diff"), s.splitPath(id)
+		if from, err := s.store.Layer(id); err == nil {
+			like.Blob, like.Compression = from.CompressedDigest, from.CompressionType
+		}
 	}
 	pr, pw := io.Pipe()
 	done := make(chan error, 1)
@@ -200,11 +198,15 @@ func (s *Store) copyLayer(ctx context.Context, layer archive.Layer) error {
 		if ctx.Err() != nil || errors.Is(err, syscall.ENOSPC) {
 			return fmt.Errorf("copy layer %s: %w", layer.DiffID, err)
 		}
+		if like.path != "" {
+			return &archive.Error{Reason: archive.Unsupported, Err: fmt.Errorf("layer %s stands twice, and cannot be had from what it makes: %w", layer.DiffID, err)}
+		}
 		s.mu.Lock()
 		s.broken[layer.DiffID] = true // do not try it again, read it from an archive
 		s.mu.Unlock()
 		return need
 	}
+	l.Blob, l.Compression = like.Blob, like.Compression
 	return s.mark(l)
 }
 
@@ -225,8 +227,27 @@ func assemble(w io.Writer, tree, split string) error {
 	}
 	defer root.Close()
 	return inRoot(root, func() error {
-		return asm.WriteOutputTarStream(tsstorage.NewPathFileGetter("/"), tsstorage.NewJSONUnpacker(plain), w)
+		return asm.WriteOutputTarStream(regularFiles{}, tsstorage.NewJSONUnpacker(plain), w)
 	})
+}
+
+// regularFiles are the files below the root directory. What a layer made of a
+// file afterwards may be a pipe or a device, whose opening has effects.
+type regularFiles struct{}
+
+func (regularFiles) Get(name string) (io.ReadCloser, error) {
+	// Nobody else writes here: what this sees is what is opened.
+	path := filepath.Join("/", name)
+	if fi, err := os.Lstat(path); err != nil {
+		return nil, err
+	} else if !fi.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file", name)
+	}
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	return f, nil
 }
 
 // A placement is a layer that a batch brings, and where it belongs.
@@ -248,14 +269,15 @@ func (s *Store) commitLayers(images []*archive.Image, errs []error) {
 			}
 		}
 	}
-	if err := s.layerIndex.open(); err != nil {
+	elsewhere := s.elsewhere(images)
+	if err := s.openLayers(); err != nil {
 		fail(err)
 		return
 	}
 	defer s.layerIndex.close()
-	has := map[string]bool{}
-	for _, l := range s.layerIndex.parsed {
-		has[l.ID] = true
+	has := whole(s.layerIndex)
+	for id := range elsewhere {
+		has[id] = true
 	}
 	plan := s.plan(has, images, errs)
 	if len(plan) == 0 {
@@ -270,7 +292,15 @@ func (s *Store) commitLayers(images []*archive.Image, errs []error) {
 		fail(err)
 		return
 	}
+	var before, after unix.Stat_t
+	if err := unix.Stat(s.home(), &before); err != nil {
+		fail(fmt.Errorf("look at driver's folder: %w", err))
+		return
+	}
 	err := withoutMount(s.home(), func() error {
+		if err := unix.Stat(s.home(), &after); err != nil || after.Dev != before.Dev || after.Ino != before.Ino {
+			return errors.Join(err, fmt.Errorf("another folder is mounted on %s", s.home()))
+		}
 		bad := map[string]bool{}
 		for _, p := range plan {
 			if bad[p.layer.Parent] {
@@ -302,6 +332,39 @@ func (s *Store) commitLayers(images []*archive.Image, errs []error) {
 	}
 }
 
+// openLayers opens the index of layers when none in it is incomplete. The
+// library removes those when it next looks.
+func (s *Store) openLayers() error {
+	for tries := 0; ; tries++ {
+		if err := s.layerIndex.open(); err != nil {
+			return err
+		}
+		if len(whole(s.layerIndex)) == len(s.layerIndex.parsed) {
+			return nil
+		}
+		s.layerIndex.close()
+		if tries == 2 {
+			return errors.New("incomplete layers of a crash are in the store, and stay there")
+		}
+		if _, err := s.store.Layers(); err != nil {
+			return fmt.Errorf("remove incomplete layers: %w", err)
+		}
+	}
+}
+
+// elsewhere returns those of the images' layers that are in a read-only store beside this one.
+func (s *Store) elsewhere(images []*archive.Image) map[string]bool {
+	ids := map[string]bool{}
+	for _, img := range images {
+		for _, id := range chain(img.Layers) {
+			if l, err := s.store.Layer(id); err == nil && l.ReadOnly {
+				ids[id] = true
+			}
+		}
+	}
+	return ids
+}
+
 // plan says which layers the images bring, parents first.
 func (s *Store) plan(has map[string]bool, images []*archive.Image, errs []error) []*placement {
 	var plan []*placement
@@ -325,12 +388,12 @@ func (s *Store) plan(has map[string]bool, images []*archive.Image, errs []error)
 				used[from] = true
 				p = &placement{staged: from, layer: storage.Layer{
 					ID: id, Parent: parent, Created: now,
-					CompressedDigest: l.Digest, CompressedSize: l.Size, CompressionType: compressions[l.Compression],
 					UncompressedDigest: from.DiffID, UncompressedSize: from.Size,
 					UIDs: from.UIDs, GIDs: from.GIDs,
 				}}
+				// Only what was read may be found by its blob's digest: that another blob has the same content is hearsay.
 				if l.Digest == from.Blob {
-					p.layer.CompressionType = from.Compression
+					p.layer.CompressedDigest, p.layer.CompressedSize, p.layer.CompressionType = l.Digest, l.Size, from.Compression
 				}
 				at[id] = p
 				plan = append(plan, p)

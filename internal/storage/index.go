@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/containers/storage"
 	"github.com/containers/storage/pkg/ioutils"
 	"github.com/containers/storage/pkg/lockfile"
 )
@@ -72,6 +73,17 @@ func (x *index[T]) read() error {
 	}
 	x.file = file
 	return nil
+}
+
+// whole returns the IDs of the layers that are complete.
+func whole(x *index[storage.Layer]) map[string]bool {
+	ids := make(map[string]bool, len(x.parsed))
+	for _, l := range x.parsed {
+		if _, incomplete := l.Flags["incomplete"]; !incomplete {
+			ids[l.ID] = true
+		}
+	}
+	return ids
 }
 
 // same reports whether file is the one that was read: whoever writes the index renames a new file into place.

@@ -45,6 +45,7 @@ type Store struct {
 	policy *signature.Policy
 	sys    *types.SystemContext
 	lock   *os.File
+	root   *os.File // the graph root: one descriptor, so that Sync is told of every failed write
 
 	graphRoot string
 	staging   string
@@ -128,6 +129,9 @@ func (s *Store) prepareToWrite(so storage.StoreOptions) (err error) {
 			return fmt.Errorf("make state folder: %w", err)
 		}
 	}
+	if s.root, err = os.Open(s.graphRoot); err != nil {
+		return fmt.Errorf("open graph root: %w", err)
+	}
 	if s.tar, err = s.tarOptions(so); err != nil {
 		return err
 	}
@@ -146,6 +150,9 @@ func (s *Store) Close() error {
 		for _, dir := range []string{"tempdirs", "staging"} {
 			os.Remove(filepath.Join(s.home(), dir)) // only if it is empty
 		}
+	}
+	if s.root != nil {
+		errs = append(errs, s.root.Close())
 	}
 	if s.lock != nil {
 		errs = append(errs, s.lock.Close())
@@ -215,6 +222,12 @@ func (s *Store) tarOptions(so storage.StoreOptions) (*sarchive.TarOptions, error
 	}
 	if _, ok := s.driver.(drivers.DriverWithDiffer); !ok {
 		return nil, nil
+	}
+	// What is staged is renamed into the driver's home, which may be a mount
+	// of itself, but not of another file system.
+	var root, home unix.Stat_t
+	if err := errors.Join(unix.Stat(s.graphRoot, &root), unix.Stat(s.home(), &home)); err != nil || root.Dev != home.Dev {
+		return nil, err
 	}
 	var p probe
 	out, err := s.store.PrepareStagedLayer(nil, &p)

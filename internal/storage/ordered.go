@@ -2,11 +2,11 @@ package storage
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 
 	"github.com/containers/storage"
-	"github.com/opencontainers/go-digest"
 
 	"github.com/precache/precache-agent/internal/archive"
 )
@@ -23,8 +23,8 @@ func (s *Store) Placed(_ context.Context, layers []archive.Layer) (int, error) {
 
 // PutLayer puts the layer layers[n], whose parents are in the store, into it,
 // for a driver that cannot stage, and returns how many bytes its plain tar
-// has. Nil means that the layer is there and is what its diffID says. The
-// store is locked meanwhile.
+// has. Nil means that the layer is there and is what its diffID says; it was
+// verified before the library took it for whole. The store is locked meanwhile.
 func (s *Store) PutLayer(ctx context.Context, layers []archive.Layer, n int, b *archive.Blob) (size int64, err error) {
 	ids := chain(layers[:n+1])
 	id, parent := ids[n], ""
@@ -33,26 +33,22 @@ func (s *Store) PutLayer(ctx context.Context, layers []archive.Layer, n int, b *
 	}
 	l := layers[n]
 	err = b.Unpack(ctx, func(plain io.Reader, _ archive.Compression) error {
-		digester, counter := digest.SHA256.Digester(), &count{}
+		counter := &count{}
+		input := &watched{r: archive.NewVerifier(plain, l.DiffID)}
 		options := &storage.LayerOptions{OriginalDigest: l.Digest, OriginalSize: &l.Size, UncompressedDigest: l.DiffID}
-		input := &watched{r: plain}
-		content := io.TeeReader(input, io.MultiWriter(digester.Hash(), counter))
-		if _, _, err := s.store.PutLayer(id, parent, nil, "", false, options, content); err != nil {
-			if input.err != nil && input.err != io.EOF {
-				return input.err
-			}
-			return &archive.Error{Reason: archive.StoreFailed, Err: fmt.Errorf("put layer: %w", err)}
-		}
+		_, _, err := s.store.PutLayer(id, parent, nil, "", false, options, io.TeeReader(input, counter))
 		size = counter.n
-		if got := digester.Digest(); got != l.DiffID {
-			return &archive.Error{Reason: archive.DigestMismatch, Err: fmt.Errorf("content has diffID %s, the config says %s", got, l.DiffID)}
+		switch {
+		case input.err != nil && input.err != io.EOF:
+			return input.err // whatever the library made of it
+		case errors.Is(err, storage.ErrDuplicateID): // somebody else has put it meanwhile
+			return nil
+		case err != nil:
+			return &archive.Error{Reason: archive.StoreFailed, Err: fmt.Errorf("put layer: %w", err)}
 		}
 		return nil
 	})
 	if err != nil {
-		if s.has(id) {
-			s.store.DeleteLayer(id)
-		}
 		return 0, fmt.Errorf("layer %s: %w", l.DiffID, err)
 	}
 	return size, nil

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -80,6 +81,13 @@ func (s *Store) prepare(ctx context.Context, a *archive.Image) (_ *record, err e
 	return r, s.allowed(ctx, r, a.Path)
 }
 
+// Allowed asks policy.json about an image. The error's reason is archive.Policy if it refuses it.
+func (s *Store) Allowed(ctx context.Context, img *archive.Image) error {
+	r, err := s.prepare(ctx, img)
+	r.close()
+	return err
+}
+
 func (r *record) close() {
 	if r == nil {
 		return
@@ -126,7 +134,7 @@ func (s *Store) requirements(path string) signature.PolicyRequirements {
 // and writes images.json once for all that are new. What needs more, an image
 // that is there under another name or a name that moves, the library does.
 func (s *Store) record(ctx context.Context, images []*archive.Image, records []*record, errs []error) {
-	if err := s.imageIndex.open(); err != nil {
+	if err := s.recordFresh(images, errs); err != nil {
 		for i := range errs {
 			if errs[i] == nil {
 				errs[i] = err
@@ -134,6 +142,28 @@ func (s *Store) record(ctx context.Context, images []*archive.Image, records []*
 		}
 		return
 	}
+	for n, a := range images {
+		if errs[n] == errNotFresh {
+			errs[n] = s.recordOne(ctx, records[n], a)
+		}
+	}
+}
+
+// errNotFresh marks an image that the library has to record.
+var errNotFresh = errors.New("image is there, or its name is")
+
+// recordFresh records the images that are new, under new names. The layers stay
+// locked meanwhile, so that nobody removes what no image seems to need.
+func (s *Store) recordFresh(images []*archive.Image, errs []error) error {
+	if err := s.openLayers(); err != nil {
+		return err
+	}
+	defer s.layerIndex.close()
+	layers := whole(s.layerIndex)
+	if err := s.imageIndex.open(); err != nil {
+		return err
+	}
+	defer s.imageIndex.close()
 	ids, names := map[string]bool{}, map[string]bool{}
 	for _, image := range s.imageIndex.parsed {
 		ids[image.ID] = true
@@ -142,15 +172,14 @@ func (s *Store) record(ctx context.Context, images []*archive.Image, records []*
 		}
 	}
 	var fresh []storage.Image
-	var rest []int
-	mine := map[string]int{}
 	for n, a := range images {
 		if errs[n] != nil {
 			continue
 		}
+		stacked := !slices.ContainsFunc(chain(a.Layers), func(id string) bool { return !layers[id] })
 		known := ids[imageID(a)] || slices.ContainsFunc(a.Of.AllNames(), func(name string) bool { return names[name] })
-		if known || len(a.Layers) == 0 || !s.parallel() {
-			rest = append(rest, n)
+		if known || !stacked || len(a.Layers) == 0 || !s.parallel() {
+			errs[n] = errNotFresh
 			continue
 		}
 		image, data := describe(a)
@@ -161,20 +190,18 @@ func (s *Store) record(ctx context.Context, images []*archive.Image, records []*
 		for _, name := range image.Names {
 			names[name] = true
 		}
-		mine[image.ID] = n
 		fresh = append(fresh, image)
 	}
-	if len(fresh) > 0 {
-		if err := s.imageIndex.add(fresh); err != nil {
-			for _, n := range mine {
-				errs[n] = err
-			}
+	if len(fresh) == 0 {
+		return nil
+	}
+	if err := s.imageIndex.add(fresh); err != nil {
+		for _, image := range fresh {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(s.images(), image.ID)))
 		}
+		return err
 	}
-	s.imageIndex.close()
-	for _, n := range rest {
-		errs[n] = s.recordOne(ctx, records[n], images[n])
-	}
+	return nil
 }
 
 func imageID(a *archive.Image) string { return digest.FromBytes(a.Config).Encoded() }

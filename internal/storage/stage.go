@@ -15,10 +15,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 
 	sarchive "github.com/containers/storage/pkg/archive"
 	"github.com/containers/storage/pkg/ioutils"
 	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/readahead"
 	"github.com/opencontainers/go-digest"
 	"github.com/vbatts/tar-split/archive/tar"
 	tsstorage "github.com/vbatts/tar-split/tar/storage"
@@ -79,6 +81,9 @@ func (s *Store) Stage(ctx context.Context, diffID digest.Digest, b *archive.Blob
 		l, err = s.extract(diffID, plain)
 		if l != nil {
 			l.Blob, l.Compression = b.Digest, compressions[c]
+			if b.Digest == diffID { // of a docker-archive, whatever was around it
+				l.Compression = sarchive.Uncompressed
+			}
 		}
 		return err
 	})
@@ -149,7 +154,13 @@ func (s *Store) Unstage() error {
 	return errors.Join(errs...)
 }
 
-var pipeBuffers = sync.Pool{New: func() any { return new([256 << 10]byte) }}
+// What has been extracted and not taken down yet, at most.
+const (
+	aheadBuffers = 4
+	aheadBuffer  = 128 << 10
+)
+
+var pipeBuffers = sync.Pool{New: func() any { return new([aheadBuffer]byte) }}
 
 // extract makes a staged layer of a plain tar, all but its mark. On error
 // nothing is left, and the layer is nil.
@@ -178,12 +189,17 @@ func (s *Store) extract(diffID digest.Digest, plain io.Reader) (_ *staged, err e
 	l := &staged{DiffID: diffID, Boot: s.boot, path: dir}
 	pr, pw := io.Pipe()
 	split := make(chan error, 1)
+	ahead, err := readahead.NewReaderSize(pr, aheadBuffers, aheadBuffer) // so that the extractor need not wait
+	if err != nil {
+		return nil, err
+	}
 	go func() {
-		err := l.disassemble(pr, filepath.Join(dir, splitName))
+		err := l.disassemble(ahead, filepath.Join(dir, splitName))
 		pr.CloseWithError(err) // nil: io.ErrClosedPipe, but nothing is written any more
+		ahead.Close()
 		split <- err
 	}()
-	buf := pipeBuffers.Get().(*[256 << 10]byte)
+	buf := pipeBuffers.Get().(*[aheadBuffer]byte)
 	defer pipeBuffers.Put(buf)
 	input := &watched{r: plain}
 	t := &tee{r: input, w: pw, buf: buf[:0]}
@@ -206,8 +222,10 @@ func (s *Store) extract(diffID digest.Digest, plain io.Reader) (_ *staged, err e
 		return l, nil
 	case input.err != nil && input.err != io.EOF:
 		return nil, input.err // whatever the extractor made of it
-	case archive.ReasonOf(err) == "" && isTarError(err):
-		return nil, &archive.Error{Reason: archive.CorruptArchive, Err: err}
+	case errors.Is(err, tsstorage.ErrDuplicatePath): // the store could not give the layer back
+		return nil, &archive.Error{Reason: archive.Unsupported, Err: err}
+	case archive.ReasonOf(err) == "" && !errors.As(err, new(syscall.Errno)):
+		return nil, &archive.Error{Reason: archive.CorruptArchive, Err: err} // not the disk's fault, so the layer's
 	}
 	return nil, err
 }
@@ -242,12 +260,6 @@ func (t *tee) flush() error {
 	return err
 }
 
-// isTarError reports whether the layer's content, not the disk, is to blame.
-func isTarError(err error) bool {
-	var errno *fs.PathError
-	return !errors.As(err, &errno) && (errors.Is(err, tar.ErrHeader) || errors.Is(err, io.ErrUnexpectedEOF) || strings.Contains(err.Error(), "archive/tar"))
-}
-
 // disassemble takes down what of a tar its files do not say, in tar-split's
 // form, and finds its digest, its size and its owners.
 func (l *staged) disassemble(r io.Reader, path string) (err error) {
@@ -262,7 +274,7 @@ func (l *staged) disassemble(r io.Reader, path string) (err error) {
 	}()
 	digester := digest.SHA256.Digester()
 	counter := &count{}
-	br := bufio.NewReaderSize(io.TeeReader(r, io.MultiWriter(digester.Hash(), counter)), 128<<10)
+	br := bufio.NewReaderSize(io.TeeReader(r, io.MultiWriter(digester.Hash(), counter)), 64<<10)
 	w := bufio.NewWriterSize(f, 64<<10)
 	z, err := gzip.NewWriterLevel(w, gzip.BestSpeed)
 	if err != nil {
