@@ -30,8 +30,11 @@ type progress interface {
 func newProgress(kind string, out io.Writer) (progress, error) {
 	if kind == "auto" {
 		kind = "plain"
-		if f, ok := out.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
-			kind = "bar"
+		if f, ok := out.(*os.File); ok {
+			// A serial console may not know its width, and a bar would have none.
+			if width, _, err := term.GetSize(int(f.Fd())); err == nil && width > 0 {
+				kind = "bar"
+			}
 		}
 	}
 	switch kind {

@@ -144,11 +144,11 @@ func (s *Store) prepareToWrite(so storage.StoreOptions) (err error) {
 // Close releases the store. Nothing of it is mounted, and what podman has mounted stays.
 func (s *Store) Close() error {
 	var errs []error
-	if s.store != nil {
+	if s.driver != nil {
 		s.store.Free()
-		// 1.49 to 1.58 of the library take the first for a layer, before 1.54 they empty the second.
-		for _, dir := range []string{"tempdirs", "staging"} {
-			os.Remove(filepath.Join(s.home(), dir)) // only if it is empty
+		// The library leaves them; 1.49 to 1.58 of it take the first for a layer.
+		for _, dir := range []string{filepath.Join(s.home(), "tempdirs"), filepath.Join(s.home(), "staging"), filepath.Join(s.layers(), "tmp")} {
+			os.Remove(dir) // only if it is empty
 		}
 	}
 	if s.root != nil {
