@@ -21,7 +21,7 @@ const readOnly = unix.MS_RDONLY | unix.MS_NODEV | unix.MS_NOSUID | unix.MS_NOEXE
 func mountDetached(dev string, rdev uint64, fsType, options string) (root *os.Root, err error) {
 	err = apart(func() error {
 		if err := retry(func() error { return unix.Mount(dev, covered, fsType, readOnly, options) }); err != nil {
-			return err // the caller's message says what was to be mounted
+			return explain(err, fsType)
 		}
 		root, err = takeRoot(rdev)
 		return err
@@ -29,31 +29,37 @@ func mountDetached(dev string, rdev uint64, fsType, options string) (root *os.Ro
 	return root, err
 }
 
-// bindDetached returns a read-only root of a device that is mounted in this mount namespace, and where it is.
+// explain adds to an error of mount(2) what the error itself does not say.
+func explain(err error, fsType string) error {
+	switch err {
+	case unix.ENODEV:
+		return fmt.Errorf("this kernel cannot mount %s: %w", fsType, err)
+	case unix.EINVAL, unix.EUCLEAN, unix.EBADMSG, unix.EIO:
+		return fmt.Errorf("%w (the kernel log says why)", err)
+	}
+	return err
+}
+
+// bindDetached returns a read-only root of a device that is mounted in this mount namespace, and where it is. The error
+// is EBUSY if it is not.
 func bindDetached(rdev uint64) (root *os.Root, at string, err error) {
 	err = apart(func() error {
 		mounts, err := mountsOf("/proc/thread-self/mountinfo", rdev)
 		if err != nil {
-			return err
+			return fmt.Errorf("look for its mount: %w", err)
 		}
-		err = unix.EBUSY
 		for _, m := range mounts {
-			if m.root != "/" {
-				continue
-			}
-			at = m.point
-			if err = unix.Mount(at, covered, "", unix.MS_BIND, ""); err != nil {
-				continue
-			}
-			if err = unix.Mount("", covered, "", unix.MS_BIND|unix.MS_REMOUNT|readOnly, ""); err != nil {
+			if m.root != "/" || unix.Mount(m.point, covered, "", unix.MS_BIND, "") != nil ||
+				unix.Mount("", covered, "", unix.MS_BIND|unix.MS_REMOUNT|readOnly, "") != nil {
 				continue
 			}
 			// Fails if another mount covers this one.
-			if root, err = takeRoot(rdev); err == nil {
+			if r, err := takeRoot(rdev); err == nil {
+				root, at = r, m.point
 				return nil
 			}
 		}
-		return err
+		return unix.EBUSY
 	})
 	return root, at, err
 }

@@ -73,7 +73,7 @@ var (
 )
 
 // An Error says why a device that is there cannot be used. Its reason is ErrNoFileSystem, or an error of the system:
-// EUCLEAN, EBADMSG, EINVAL or EIO for damage (the kernel log has the details), EBUSY if another holds it.
+// EUCLEAN, EBADMSG, EINVAL or EIO for damage, or for a format that this kernel is too old for (its log says which); EBUSY if another holds it.
 type Error struct {
 	Device string // its node
 	FSType string // "xfs" or "ext4"; empty if it has none of them
@@ -92,11 +92,11 @@ func (e *Error) Unwrap() error { return e.Err }
 
 // A Mount is a mounted device.
 type Mount struct {
-	Root   *os.Root // nothing can be written through it, and no device node in it be opened
+	Root   *os.Root // nothing can be written through it, and no device node in it be opened; its Name says nothing
 	Device string   // its node, such as /dev/sda5
 	FSType string   // "xfs" or "ext4"
 	Dirty  bool     // it was not unmounted cleanly: what was written last may be missing or damaged
-	Shared string   // where another had it mounted for writing already, if so: it can change while it is read
+	Shared string   // where another has it mounted, if that mount is read: it can change meanwhile, and Close cannot free it
 
 	dev  uint64 // the file system's number, that of the loop device if it is mounted through one
 	once sync.Once
@@ -119,20 +119,14 @@ func Open(ctx context.Context, o Options) (*Mount, error) {
 			return nil, err
 		}
 		m, err := choose(ctx, o, devices)
-		if err == nil || w.last || !gone(err) {
+		if err == nil || w.last || !errors.Is(err, errVanished) {
 			return m, err
 		}
 		w.pause(ctx) // the partition table was just being read again, say
 	}
 }
 
-// gone reports whether a device that was named did not answer.
-func gone(err error) bool { return errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENOENT) }
-
-func choose(ctx context.Context, o Options, devices []string) (_ *Mount, err error) {
-	if len(devices) > 1 {
-		o.Note("several partitions have the label", "label", o.Label, "devices", devices)
-	}
+func choose(ctx context.Context, o Options, devices []string) (*Mount, error) {
 	var first *Mount // that can be mounted
 	var bad []error
 	for _, dev := range devices {
@@ -178,13 +172,13 @@ func chosen(o Options, m *Mount, devices []string, bad []error) *Mount {
 	}
 	if len(devices) > 1 {
 		left := slices.DeleteFunc(slices.Clone(devices), func(d string) bool { return d == m.Device })
-		o.Note("one of several partitions is used", "label", o.Label, "device", m.Device, "left", left)
+		o.Note("several partitions have the label, one is used", "label", o.Label, "device", m.Device, "left", left)
 	}
 	if m.Dirty {
 		o.Note("file system was not unmounted cleanly, what was written last may be missing", "device", m.Device, "type", m.FSType)
 	}
 	if m.Shared != "" {
-		o.Note("file system is mounted for writing elsewhere, what is read can change", "device", m.Device, "at", m.Shared)
+		o.Note("file system is mounted elsewhere too, what is read can change", "device", m.Device, "at", m.Shared)
 	}
 	return m
 }
@@ -222,7 +216,7 @@ func mountDevice(ctx context.Context, dev string) (*Mount, error) {
 	if err != nil {
 		return nil, &Error{dev, p.fsType, err}
 	}
-	m := &Mount{Device: dev, FSType: p.fsType, Dirty: p.dirty}
+	m := &Mount{Device: dev, FSType: p.fsType}
 	for start := time.Now(); ; time.Sleep(busyEvery) {
 		m.dev = p.rdev
 		if p.fsType == "xfs" {
@@ -234,7 +228,7 @@ func mountDevice(ctx context.Context, dev string) (*Mount, error) {
 		if !errors.Is(err, unix.EBUSY) {
 			break
 		}
-		// Mounted for writing, or claimed by another program; perhaps by one that is just ending.
+		// Mounted elsewhere, or claimed by another program; perhaps by one that is just ending.
 		m.dev = p.rdev
 		if m.Root, m.Shared, err = bindDetached(p.rdev); !errors.Is(err, unix.EBUSY) {
 			break
@@ -247,6 +241,7 @@ func mountDevice(ctx context.Context, dev string) (*Mount, error) {
 	if err != nil {
 		return nil, &Error{dev, p.fsType, err}
 	}
+	m.Dirty = p.dirty && m.Shared == "" // while it is written to, it is never clean
 	return m, nil
 }
 

@@ -20,6 +20,9 @@ const (
 	ext4Errors   = 2
 	ext4Recover  = 4 // in s_feature_incompat
 	xfsMagic     = "XFSB"
+	xfsMaxBlock  = 64 << 10 // bytes
+	xfsMaxAG     = 1 << 40  // bytes of an allocation group
+	xfsMaxAGs    = 1 << 20  // more than there are, but no overflow
 	xlogMagic    = 0xfeedbabe
 	xlogBlock    = 512       // bytes
 	xlogRecord   = 256 << 10 // bytes, the longest record
@@ -38,7 +41,9 @@ type probed struct {
 // probe looks at the block device dev.
 func probe(dev string) (p probed, err error) {
 	fd, err := unix.Open(dev, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if err != nil {
+	if err == unix.ENXIO || err == unix.ENOENT || err == unix.ENODEV {
+		return p, fmt.Errorf("%w: %w", errVanished, err)
+	} else if err != nil {
 		return p, fmt.Errorf("open: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), dev)
@@ -73,21 +78,33 @@ func probe(dev string) (p probed, err error) {
 	return p, nil
 }
 
-var errNotBlock = errors.New("is not a block device")
+var (
+	errNotBlock = errors.New("it is not a block device")
+	errVanished = errors.New("it has a name but does not answer")
+)
+
+// xfsLog returns where the log of the XFS with this superblock is, in bytes, and how many blocks of 512 bytes it has; 0 if it
+// is on another device or cannot be.
+func xfsLog(super []byte) (offset int64, n int) {
+	be := binary.BigEndian
+	blockSize, agBlocks, agLog := int64(be.Uint32(super[4:])), int64(be.Uint32(super[84:])), super[124]
+	start, blocks := be.Uint64(super[48:]), int64(be.Uint32(super[96:])) // in file system blocks
+	if start == 0 || agLog > 31 || start>>agLog > xfsMaxAGs || blockSize < xlogBlock || blockSize > xfsMaxBlock ||
+		agBlocks*blockSize > xfsMaxAG || blocks*blockSize > xlogMaxBytes {
+		return 0, 0
+	}
+	return (int64(start>>agLog)*agBlocks + int64(start&(1<<agLog-1))) * blockSize, int(blocks * blockSize / xlogBlock)
+}
 
 // xfsDirty reports whether the XFS was not unmounted cleanly: then the last record of its log is not the one that is written
 // at the end. Like the kernel (xlog_find_head, xlog_check_unmount_rec) it finds the log's end by the number of the
 // round that each block carries, but believes what it reads: it is for a message only. A log that cannot be read is not dirty.
 func xfsDirty(r io.ReaderAt, super []byte) bool {
-	be := binary.BigEndian
-	blockSize, agBlocks, agLog := int64(be.Uint32(super[4:])), int64(be.Uint32(super[84:])), super[124]
-	start, blocks := be.Uint64(super[48:]), int64(be.Uint32(super[96:])) // in file system blocks
-	if start == 0 || start>>63 != 0 || agLog > 31 || blockSize < xlogBlock || blockSize > 64<<10 || blocks == 0 || blocks*blockSize > xlogMaxBytes {
+	offset, n := xfsLog(super)
+	if n == 0 {
 		return false
 	}
-	offset := (int64(start>>agLog)*agBlocks + int64(start&(1<<agLog-1))) * blockSize
-	n := int(blocks * blockSize / xlogBlock)
-
+	be := binary.BigEndian
 	var failed error
 	block := make([]byte, xlogBlock)
 	read := func(i int) []byte {
