@@ -434,14 +434,18 @@ func (s *Store) place(p *placement) (err error) {
 	tree := filepath.Join(p.staged.path, treeName)
 	// The root has the mode and the owner that the driver would have given it.
 	var st unix.Stat_t
-	if err := unix.Stat(filepath.Join(s.home(), id, "diff"), &st); err != nil {
-		return fmt.Errorf("look at new folder: %w", err)
+	like := filepath.Join(s.home(), id, "diff")
+	if p.staged.OwnRoot {
+		like = tree
+	}
+	if err := unix.Stat(like, &st); err != nil {
+		return fmt.Errorf("look at root: %w", err)
 	}
 	if err := unix.Chown(tree, int(st.Uid), int(st.Gid)); err != nil {
-		return fmt.Errorf("set owner: %w", err)
+		return fmt.Errorf("set owner of root: %w", err)
 	}
 	if err := unix.Chmod(tree, st.Mode&0o7777); err != nil {
-		return fmt.Errorf("set mode: %w", err)
+		return fmt.Errorf("set mode of root: %w", err)
 	}
 	if err := os.Rename(filepath.Join(p.staged.path, splitName), s.splitPath(id)); err != nil {
 		return fmt.Errorf("place tar-split: %w", err)

@@ -237,8 +237,8 @@ func (s *Store) tarOptions(so storage.StoreOptions) (*sarchive.TarOptions, error
 	if err := s.store.CleanupStagedLayer(out); err != nil {
 		return nil, fmt.Errorf("ask overlay driver how to extract: %w", err)
 	}
-	if p.format != drivers.DifferOutputFormatDir {
-		return nil, nil // composefs
+	if p.format != drivers.DifferOutputFormatDir || p.options.ForceMask != nil {
+		return nil, nil // composefs, or modes that are kept in xattrs
 	}
 	return p.options, nil
 }

@@ -1,28 +1,20 @@
 package storage
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
 	"os"
-	"path"
 	"path/filepath"
 	"slices"
-	"strings"
-	"sync"
 	"syscall"
 
 	sarchive "github.com/containers/storage/pkg/archive"
 	"github.com/containers/storage/pkg/ioutils"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/readahead"
 	"github.com/opencontainers/go-digest"
-	"github.com/vbatts/tar-split/archive/tar"
 	tsstorage "github.com/vbatts/tar-split/tar/storage"
 
 	"github.com/precache/precache-agent/internal/archive"
@@ -43,7 +35,8 @@ type staged struct {
 	Compression sarchive.Compression `json:"compression"`    // of that blob
 	UIDs        []uint32             `json:"uids"`
 	GIDs        []uint32             `json:"gids"`
-	Boot        string               `json:"boot"` // in which boot: not durable in another one
+	OwnRoot     bool                 `json:"ownRoot,omitempty"` // the tar says what its root is like, where otherwise the driver does
+	Boot        string               `json:"boot"`              // in which boot: not durable in another one
 
 	path string
 }
@@ -154,14 +147,6 @@ func (s *Store) Unstage() error {
 	return errors.Join(errs...)
 }
 
-// What has been extracted and not taken down yet, at most.
-const (
-	aheadBuffers = 4
-	aheadBuffer  = 128 << 10
-)
-
-var pipeBuffers = sync.Pool{New: func() any { return new([aheadBuffer]byte) }}
-
 // extract makes a staged layer of a plain tar, all but its mark. On error
 // nothing is left, and the layer is nil.
 func (s *Store) extract(diffID digest.Digest, plain io.Reader) (_ *staged, err error) {
@@ -184,39 +169,9 @@ func (s *Store) extract(diffID digest.Digest, plain io.Reader) (_ *staged, err e
 	}
 	defer root.Close()
 
-	// The extractor pulls the tar in a thread that is locked in the layer's
-	// folder; what it has read goes on to where it is hashed and taken down.
-	l := &staged{DiffID: diffID, Boot: s.boot, path: dir}
-	pr, pw := io.Pipe()
-	split := make(chan error, 1)
-	ahead, err := readahead.NewReaderSize(pr, aheadBuffers, aheadBuffer) // so that the extractor need not wait
-	if err != nil {
-		return nil, err
-	}
-	go func() {
-		err := l.disassemble(ahead, filepath.Join(dir, splitName))
-		pr.CloseWithError(err) // nil: io.ErrClosedPipe, but nothing is written any more
-		ahead.Close()
-		split <- err
-	}()
-	buf := pipeBuffers.Get().(*[aheadBuffer]byte)
-	defer pipeBuffers.Put(buf)
 	input := &watched{r: plain}
-	t := &tee{r: input, w: pw, buf: buf[:0]}
-	err = inRoot(root, func() error {
-		if err := sarchive.Unpack(t, "/", s.tar); err != nil {
-			return err
-		}
-		_, err := io.Copy(io.Discard, t) // what follows the end of the tar belongs to the digest
-		return err
-	})
-	if err == nil {
-		err = t.flush()
-	}
-	pw.CloseWithError(err) // nil: io.EOF
-	if splitErr := <-split; err == nil || t.failed {
-		err = splitErr
-	}
+	l := &staged{DiffID: diffID, Boot: s.boot, path: dir}
+	err = l.extractTo(root, filepath.Join(dir, splitName), input, s.tar)
 	switch {
 	case err == nil:
 		return l, nil
@@ -230,128 +185,9 @@ func (s *Store) extract(diffID digest.Digest, plain io.Reader) (_ *staged, err e
 	return nil, err
 }
 
-// A tee reads from r, and writes what was read to w in large pieces.
-type tee struct {
-	r      io.Reader
-	w      io.Writer
-	buf    []byte
-	failed bool // w did
-}
-
-func (t *tee) Read(p []byte) (int, error) {
-	n, err := t.r.Read(p)
-	for b := p[:n]; len(b) > 0; {
-		free := t.buf[len(t.buf):cap(t.buf)]
-		c := copy(free, b)
-		t.buf, b = t.buf[:len(t.buf)+c], b[c:]
-		if len(t.buf) == cap(t.buf) {
-			if err := t.flush(); err != nil {
-				return n, err
-			}
-		}
-	}
-	return n, err
-}
-
-func (t *tee) flush() error {
-	_, err := t.w.Write(t.buf)
-	t.buf = t.buf[:0]
-	t.failed = err != nil
-	return err
-}
-
-// disassemble takes down what of a tar its files do not say, in tar-split's
-// form, and finds its digest, its size and its owners.
-func (l *staged) disassemble(r io.Reader, path string) (err error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
-		return fmt.Errorf("create tar-split: %w", err)
-	}
-	defer func() {
-		if cerr := f.Close(); err == nil && cerr != nil {
-			err = fmt.Errorf("write tar-split: %w", cerr)
-		}
-	}()
-	digester := digest.SHA256.Digester()
-	counter := &count{}
-	br := bufio.NewReaderSize(io.TeeReader(r, io.MultiWriter(digester.Hash(), counter)), 64<<10)
-	w := bufio.NewWriterSize(f, 64<<10)
-	z, err := gzip.NewWriterLevel(w, gzip.BestSpeed)
-	if err != nil {
-		return fmt.Errorf("compress tar-split: %w", err)
-	}
-	if err := l.pack(br, tsstorage.NewJSONPacker(z)); err != nil {
-		return err
-	}
-	if err := errors.Join(z.Close(), w.Flush()); err != nil {
-		return fmt.Errorf("write tar-split: %w", err)
-	}
-	l.Size = counter.n
-	if got := digester.Digest(); got != l.DiffID {
-		return &archive.Error{Reason: archive.DigestMismatch, Err: fmt.Errorf("content has diffID %s, the config says %s", got, l.DiffID)}
-	}
-	return nil
-}
-
 type count struct{ n int64 }
 
 func (c *count) Write(p []byte) (int, error) {
 	c.n += int64(len(p))
 	return len(p), nil
-}
-
-func (l *staged) pack(r io.Reader, p tsstorage.Packer) error {
-	uids, gids := map[uint32]bool{}, map[uint32]bool{}
-	put := tsstorage.NewDiscardFilePutter()
-	tr := tar.NewReader(r)
-	tr.RawAccounting = true
-	segment := func(b []byte) error {
-		if len(b) == 0 {
-			return nil
-		}
-		_, err := p.AddEntry(tsstorage.Entry{Type: tsstorage.SegmentType, Payload: b})
-		return err
-	}
-	for {
-		h, err := tr.Next()
-		if err != nil && err != io.EOF {
-			return err
-		}
-		if err := segment(tr.RawBytes()); err != nil {
-			return fmt.Errorf("write tar-split: %w", err)
-		}
-		if err == io.EOF {
-			break
-		}
-		if !strings.HasPrefix(path.Base(h.Name), sarchive.WhiteoutPrefix) {
-			uids[uint32(h.Uid)], gids[uint32(h.Gid)] = true, true
-		}
-		e := tsstorage.Entry{Type: tsstorage.FileType, Size: h.Size}
-		e.SetName(h.Name)
-		if h.Size > 0 {
-			if _, e.Payload, err = put.Put(h.Name, tr); err != nil {
-				return err
-			}
-		}
-		if _, err := p.AddEntry(e); err != nil {
-			return fmt.Errorf("write tar-split: %w", err)
-		}
-		if err := segment(tr.RawBytes()); err != nil {
-			return fmt.Errorf("write tar-split: %w", err)
-		}
-	}
-	for tail := make([]byte, 64<<10); ; {
-		n, err := r.Read(tail)
-		if err := segment(tail[:n]); err != nil {
-			return fmt.Errorf("write tar-split: %w", err)
-		}
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return err
-		}
-	}
-	l.UIDs, l.GIDs = slices.Sorted(maps.Keys(uids)), slices.Sorted(maps.Keys(gids))
-	return nil
 }
