@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 
 	"github.com/spf13/cobra"
 
@@ -91,9 +92,10 @@ func load(cmd *cobra.Command, f loadFlags) (err error) {
 	}()
 
 	view.begin(part, set.Images)
+	jobs := threads(f.jobs)
 	sum, err := loader.Load(ctx, loader.Options{
 		Images: set.Images, Partition: part, Store: store,
-		Jobs: f.jobs, Attempts: f.attempts, Report: view.event,
+		Jobs: jobs, Attempts: f.attempts, Report: view.event,
 	})
 	view.end()
 	switch {
@@ -107,6 +109,18 @@ func load(cmd *cobra.Command, f loadFlags) (err error) {
 		return &exitError{code: exitIncomplete}
 	}
 	return nil
+}
+
+// threads returns how many archives are read at once, the CPUs that may be
+// used unless jobs says otherwise, and has the program use two threads for
+// each: one inflates while the other extracts.
+func threads(jobs int) int {
+	if jobs == 0 {
+		jobs = runtime.GOMAXPROCS(0)
+	}
+	jobs = min(jobs, loader.MaxJobs)
+	runtime.GOMAXPROCS(2 * jobs)
+	return jobs
 }
 
 var hints = map[archive.Reason]string{

@@ -98,6 +98,7 @@ type service struct {
 	files  []string // the text files of the metrics: of the boot, and one that stays
 	out    io.Writer
 
+	jobs  int
 	total loader.Summary
 	bytes atomic.Int64
 	size  int64 // of the archives to be read
@@ -124,7 +125,7 @@ func runService(cmd *cobra.Command, f runFlags) error {
 	ctx, cancel := context.WithTimeout(cmd.Context(), f.timeout)
 	defer cancel()
 	s := &service{
-		f: f, m: metrics.New(version, f.stage), began: time.Now(), out: cmd.OutOrStdout(),
+		f: f, jobs: threads(f.jobs), m: metrics.New(version, f.stage), began: time.Now(), out: cmd.OutOrStdout(),
 		log: slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{ReplaceAttr: withoutTime})).With("stage", f.stage),
 		files: []string{
 			filepath.Join(directory("RUNTIME_DIRECTORY", "/run/precache-agent"), "metrics.prom"),
@@ -312,7 +313,7 @@ func (s *service) listed(part *archive.Partition, set *manifest.Set) {
 func (s *service) load(ctx context.Context, part *archive.Partition, store *storage.Store, images []manifest.Image) error {
 	before := part.BytesRead()
 	sum, err := loader.Load(ctx, loader.Options{
-		Images: images, Partition: part, Store: store, Jobs: s.f.jobs, Attempts: s.f.attempts, Report: s.event,
+		Images: images, Partition: part, Store: store, Jobs: s.jobs, Attempts: s.f.attempts, Report: s.event,
 	})
 	t := &s.total
 	t.Images += sum.Images

@@ -16,7 +16,6 @@ import (
 )
 
 const (
-	maxJobs    = 8           // what fits in the memory that the agent allows itself
 	maxHeld    = 16 << 20    // bytes of metadata of images that wait for layers or for the committer
 	maxBatch   = 64          // images committed at once
 	gather     = time.Second // for which complete images wait for more
@@ -24,12 +23,16 @@ const (
 	maxNeeds   = 3 // how often what the store lost meanwhile is read again
 )
 
+// MaxJobs is how many archives are read at once at most: what fits in the
+// memory that the agent allows itself.
+const MaxJobs = 8
+
 // Options say what is loaded, from where, to where. Zero fields are defaults.
 type Options struct {
 	Images    []manifest.Image
 	Partition *archive.Partition
 	Store     Store
-	Jobs      int         // archives read at once; 0: the CPUs that may be used
+	Jobs      int         // archives read at once, at most MaxJobs; 0: GOMAXPROCS
 	Attempts  int         // of an image whose failure may pass; 0: 3
 	Report    func(Event) // called by one goroutine at a time
 }
@@ -73,7 +76,7 @@ func Load(ctx context.Context, o Options) (Summary, error) {
 		if l.parallel, err = o.Store.Prepare(ctx); err != nil {
 			return l.sum, fmt.Errorf("prepare store: %w", err)
 		}
-		l.run(min(o.Jobs, maxJobs, l.open))
+		l.run(min(o.Jobs, MaxJobs, l.open))
 	}
 	if ctx.Err() == nil {
 		if err := o.Store.Unstage(); err != nil {
