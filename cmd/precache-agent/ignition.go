@@ -3,7 +3,6 @@ package main
 import (
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -30,6 +29,7 @@ func (f *overrideFlags) add(cmd *cobra.Command) {
 	flags.DurationVar(&f.o.Wait, "wait", ignition.DefaultWait, "how long the node waits for the partition")
 	flags.DurationVar(&f.o.Timeout, "timeout", 0, "how long a run may take (default: the agent's, which depends on the stage)")
 	flags.StringVar(&f.o.ReadyAfter, "ready-after", "", "all or essential; see precache-agent run (default: the agent's)")
+	cmd.MarkFlagsMutuallyExclusive("sha256", "binary-file")
 }
 
 // options completes f.o.
@@ -37,9 +37,6 @@ func (f *overrideFlags) options(errw io.Writer) (ignition.Options, error) {
 	o := f.o
 	if f.binary != "partition" {
 		o.URL = f.binary
-	}
-	if o.SHA256 != "" && f.binaryFile != "" {
-		return o, errors.New("--sha256 and --binary-file are one too many")
 	}
 	if o.SHA256 == "" {
 		path := f.binaryFile
@@ -107,4 +104,3 @@ func writeError(err error) error {
 	}
 	return nil
 }
-

@@ -30,6 +30,7 @@ func main() {
 	if storage.Init() {
 		return
 	}
+	signal.Ignore(syscall.SIGPIPE) // whoever reads the output may go away: the load goes on
 	debug.SetMemoryLimit(memory)
 	debug.SetGCPercent(400)         // little is live, and collecting it often is dear
 	_ = time.Now().Local().String() // reads /etc/localtime while the root is still the machine's
