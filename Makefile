@@ -20,7 +20,7 @@ FUZZTIME ?= 60s
 
 .PHONY: help
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
 
 .PHONY: demo
 demo: ## Stage three sample images, verify them, load them into a throw-away store
@@ -40,6 +40,11 @@ ifeq ($(PKG) $(RUN),./... .)
 	CGO_ENABLED=0 hack/fuzz.sh 5s ./...
 	hack/check-reproducible.sh
 endif
+
+.PHONY: e2e
+e2e: ## Boot machines with the units and the overrides that the agent generates (part of make test; RUN=TestX for a part)
+	@hack/setup.sh test
+	CGO_ENABLED=0 go run ./hack/gotest -count=1 -timeout 60m -run '$(RUN)' ./internal/e2e
 
 .PHONY: fuzz
 fuzz: ## Run every fuzz target, one after the other (FUZZTIME=60s)

@@ -42,8 +42,16 @@ if [[ $mode == test ]]; then # the race detector needs a C compiler; the rest re
 	need xz xz-utils xz
 	need zstd zstd zstd
 	need getfattr attr attr
+	need systemd-analyze systemd systemd
+	need shellcheck shellcheck ShellCheck
 	need fuse-overlayfs fuse-overlayfs fuse-overlayfs
 	need newuidmap uidmap shadow-utils
+	# The machine that the boot test boots is made of Debian packages, so that test does not run elsewhere.
+	need qemu-system-x86_64 qemu-system-x86 qemu-system-x86-core
+	need mmdebstrap mmdebstrap mmdebstrap
+	need sgdisk gdisk gdisk
+	need nbdkit nbdkit nbdkit
+	need /usr/lib/dracut/modules.d/30ignition/ignition ignition ignition
 fi
 
 if ((${#missing[@]})); then

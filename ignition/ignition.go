@@ -223,7 +223,11 @@ func (o *Options) config() (*config, error) {
 		case units.Service:
 			u.Dropins = []json.RawMessage{marshal(dropin{dropinName, o.serviceDropin(binary)})}
 		case units.MetricsService:
-			u.Dropins = []json.RawMessage{marshal(dropin{dropinName, o.metricsDropin(binary)})}
+			u.Dropins = []json.RawMessage{marshal(dropin{dropinName, fmt.Sprintf("[Service]\nExecStart=\nExecStart=%s metrics\n", binary)})}
+		case units.MetricsSocket:
+			if o.URL == "" {
+				u.Dropins = []json.RawMessage{marshal(dropin{dropinName, fmt.Sprintf(socketDropin, bootstrapName, binary)})}
+			}
 		}
 		c.Systemd.Units = append(c.Systemd.Units, u)
 	}
@@ -262,13 +266,16 @@ func (o *Options) serviceDropin(binary string) string {
 	return b.String()
 }
 
-func (o *Options) metricsDropin(binary string) string {
-	var after string
-	if o.URL == "" {
-		after = fmt.Sprintf("[Unit]\n# A scrape this early waits for it rather than fail.\nAfter=%s\n\n", bootstrapName)
-	}
-	return after + fmt.Sprintf("[Service]\nExecStart=\nExecStart=%s metrics\n", binary)
-}
+// socketDropin keeps the metrics socket closed until there is a binary to
+// answer: a scrape is refused then, it never hangs. The bootstrap comes after
+// sockets.target, which by default waits for every socket.
+const socketDropin = `[Unit]
+DefaultDependencies=no
+Conflicts=shutdown.target
+Before=shutdown.target
+After=%s
+ConditionFileIsExecutable=%s
+`
 
 // dataURL returns text as the source of a file. What is readable stays so.
 func dataURL(text string) string {

@@ -82,7 +82,7 @@ wrong is said, and the boot goes on.`,
 	flags.StringVar(&f.readyAfter, "ready-after", "all", "all, or essential: let the boot go on when what it waits for is there (install only)")
 	flags.StringVar(&f.essential, "essential", "", "file with the references that are essential, one a line (default: by their names in mapping.txt)")
 	flags.StringVar(&f.retireWhen, "retire-when", "/etc/precache-agent/retired", "load nothing when this file is there")
-	flags.StringVar(&f.listen, "listen", "", "address to serve metrics on while running")
+	flags.StringVar(&f.listen, "listen", "", "address to serve metrics on while running; the unit has no network, its metrics socket serves them")
 	flags.IntVar(&f.jobs, "jobs", 0, "archives read at the same time (default: the CPUs it may use)")
 	flags.IntVar(&f.attempts, "attempts", 3, "how often an image is tried when its failure may pass")
 	storeFlags(cmd, &f.store)
@@ -98,12 +98,13 @@ type service struct {
 	files  []string // the text files of the metrics: of the boot, and one that stays
 	out    io.Writer
 
-	jobs  int
-	total loader.Summary
-	bytes atomic.Int64
-	size  int64 // of the archives to be read
-	ended int
-	began time.Time
+	jobs    int
+	retired string // why nothing is loaded any more; empty: it is
+	total   loader.Summary
+	bytes   atomic.Int64
+	size    int64 // of the archives to be read
+	ended   int
+	began   time.Time
 }
 
 func runService(cmd *cobra.Command, f runFlags) error {
@@ -194,7 +195,7 @@ func stageOf(root string) string {
 // run does the work. What it returns is nil, or an exitError.
 func (s *service) run(ctx context.Context) error {
 	if _, err := os.Stat(s.f.retireWhen); s.f.retireWhen != "" && err == nil {
-		s.log.Info("retired: nothing is loaded", "file", s.f.retireWhen)
+		s.retired = fmt.Sprintf("there is %s", s.f.retireWhen)
 		return nil
 	}
 	s.notify.Status("waiting for the partition %s", s.partition())
@@ -228,7 +229,7 @@ func (s *service) run(ctx context.Context) error {
 		return &exitError{code: exitBadList, err: err}
 	}
 	if release := clusterRelease("/"); release != "" && s.f.stage == install && !inSet(set, release) {
-		s.log.Info("retired: the cluster runs a release that is not in the set, nothing is loaded", "runs", release)
+		s.retired = fmt.Sprintf("the cluster runs a release that is not in the set, %s", release)
 		return nil
 	}
 	essential := set.Images
@@ -390,8 +391,8 @@ func (s *service) write(files []string) {
 
 func (s *service) summary(err error) string {
 	t := s.total
-	if t.Images == 0 && err == nil {
-		return "retired, nothing to load"
+	if s.retired != "" {
+		return "retired, nothing is loaded: " + s.retired
 	}
 	if t.Images == 0 {
 		return fmt.Sprintf("nothing loaded: %v", err)

@@ -26,7 +26,6 @@ const (
 	dockerConfig   = "application/vnd.docker.container.image.v1+json"
 	dockerLayer    = "application/vnd.docker.image.rootfs.diff.tar"
 	dockerLayerGz  = "application/vnd.docker.image.rootfs.diff.tar.gzip"
-	dockerLayerZst = "application/vnd.docker.image.rootfs.diff.tar.zstd"
 )
 
 // An Image is what an archive says of its image, every digest of it verified.
@@ -164,7 +163,7 @@ func checkDigest(d digest.Digest) error {
 
 func checkLayer(d v1.Descriptor) error {
 	switch d.MediaType {
-	case dockerLayer, dockerLayerGz, dockerLayerZst,
+	case dockerLayer, dockerLayerGz,
 		v1.MediaTypeImageLayer, v1.MediaTypeImageLayerGzip, v1.MediaTypeImageLayerZstd:
 		return nil
 	}

@@ -97,6 +97,18 @@ type member struct {
 
 var errStop = errors.New("stop")
 
+// A visitorError is an error of the visitor, on its way through the archive.
+type visitorError struct{ err error }
+
+func (e *visitorError) Error() string { return e.err.Error() }
+
+func visitorFailed(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &visitorError{err}
+}
+
 // each calls f with the archive's members, in the order that is cheapest, until
 // f fails; whole reports whether that was to the end. A folder's metadata
 // comes before its blobs; a tar's members come as they stand.
@@ -108,6 +120,10 @@ func (a *Archive) each(ctx context.Context, t *tenant, f func(*member) error) (w
 	}
 	if errors.Is(err, errStop) {
 		return false, nil
+	}
+	var v *visitorError
+	if errors.As(err, &v) {
+		return false, v.err // not the archive's
 	}
 	if err != nil {
 		return false, fmt.Errorf("read %s: %w", a.Name, classify(CorruptArchive, err))

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -51,9 +52,14 @@ func (a *Archive) Visit(ctx context.Context, img manifest.Image, v Visitor) (*Im
 		}
 		if whole && s.img == nil && s.failure == nil {
 			s.l.whole = true
-			if err := s.resolve(); err == errStop {
+			err := s.resolve()
+			var v *visitorError
+			switch {
+			case errors.Is(err, errStop):
 				return s.img, nil
-			} else if err != nil {
+			case errors.As(err, &v):
+				return s.img, v.err
+			case err != nil:
 				return s.img, err
 			}
 			if s.img != nil {
@@ -233,7 +239,7 @@ func (s *visit) resolve() error {
 	s.img = img
 	img.Of, img.Path = s.of, s.a.Path()
 	if err := s.v.Resolved(img); err != nil {
-		return err
+		return visitorFailed(err)
 	}
 	held := s.l.meta
 	s.l.meta = map[string][]byte{}
@@ -278,5 +284,5 @@ func (s *visit) visit(r io.Reader, d digest.Digest, size int64) error {
 		b.Size = s.img.Layers[i].Size
 		b.plain = s.l.docker
 	}
-	return s.v.Visit(b)
+	return visitorFailed(s.v.Visit(b))
 }

@@ -1,12 +1,16 @@
 package archive
 
 import (
+	"archive/tar"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -102,13 +106,14 @@ func TestVisit(t *testing.T) {
 							if got != v.img || got.Of.Ref != of.Ref || got.Path != a.Path() {
 								t.Errorf("image %p of %s at %s, want %p of %s at %s", got, got.Of.Ref, got.Path, v.img, of.Ref, a.Path())
 							}
-							if format == fixture.DirLayout && order.name == "manifest last" {
-								wantSignatures(t, got, signatures)
-							}
 							// Reading metadata alone gives the same.
 							meta, err := a.Image(t.Context(), of)
 							must(t, err)
 							wantImage(t, meta, img)
+							if format == fixture.DirLayout {
+								wantSignatures(t, got, signatures)
+								wantSignatures(t, meta, signatures)
+							}
 						})
 					}
 				}
@@ -135,7 +140,9 @@ func TestVisitDockerArchive(t *testing.T) {
 							v := &taker{}
 							got, err := a.Visit(t.Context(), of, v)
 							must(t, err)
-							wantLayers(t, got, img.Host(), func(l *fixture.Layer) Layer { return Layer{Digest: l.DiffID, Size: l.UncompressedSize, DiffID: l.DiffID} })
+							wantLayers(t, got, img.Host(), func(l *fixture.Layer) Layer {
+								return Layer{Digest: l.DiffID, Size: l.UncompressedSize, DiffID: l.DiffID}
+							})
 							v.wantContent(t, got)
 							if got.IsList() || got.Digest != digest.FromBytes(got.Manifest) || len(got.Signatures) != 0 {
 								t.Errorf("got %+v", got)
@@ -274,6 +281,21 @@ func TestVisitReadsLittle(t *testing.T) {
 	}
 }
 
+// Where there can be no signatures, nothing is read after the last layer that is wanted.
+func TestVisitStopsEarly(t *testing.T) {
+	img := imageOf(t, text(t, "x"), big(t, 1, maxHeld+1))
+	for _, c := range []fixture.Compression{fixture.None, fixture.Gzip} {
+		a, of := stage(t, fixture.Stage{Format: fixture.OCILayout, Compression: c, Edits: []fixture.Edit{
+			fixture.Sorted(func(x, y fixture.Member) int { return int(x.Size - y.Size) }), fixture.ManifestFirst,
+		}}, repo, img)
+		_, err := a.Image(t.Context(), of)
+		must(t, err)
+		if read := float64(a.BytesRead()) / float64(a.Size); read > 0.1 {
+			t.Errorf("outer %d: read %.2f times the archive", c, read)
+		}
+	}
+}
+
 // rankOf sorts what is small ahead of the layers, and these in their order.
 func rankOf(all []digest.Digest, m fixture.Member) int {
 	return slices.IndexFunc(all, func(d digest.Digest) bool { return filepath.Base(m.Name) == d.Encoded() })
@@ -324,23 +346,27 @@ func TestVisitMissing(t *testing.T) {
 	}
 }
 
-// An error of the visitor ends the visit and comes back as it is.
+// An error of the visitor ends the visit and comes back as it is: whether it has a reason is not for the archive to say.
 func TestVisitorFails(t *testing.T) {
 	img := imageOf(t, text(t, "a"), text(t, "b"))
-	full := fault(NoSpace, "full")
-	for _, order := range orders {
-		a, of := stage(t, fixture.Stage{Edits: order.edits}, repo, img)
-		v := &taker{unpack: func(*Blob) ([]byte, error) { return nil, full }}
-		_, err := a.Visit(t.Context(), of, v)
-		wantReason(t, err, NoSpace)
-		if v.visits != 1 {
-			t.Errorf("%s: %d visits after an error", order.name, v.visits)
-		}
-		r := &refusing{err: full}
-		_, err = a.Visit(t.Context(), of, r)
-		wantReason(t, err, NoSpace)
-		if r.visits != 0 {
-			t.Errorf("%s: %d visits after an error", order.name, r.visits)
+	for _, err := range []error{fault(NoSpace, "full"), errors.New("store"), io.ErrUnexpectedEOF, tar.ErrHeader, &os.PathError{Op: "write", Err: syscall.EIO}} {
+		for _, order := range orders {
+			a, of := stage(t, fixture.Stage{Edits: order.edits}, repo, img)
+			v := &taker{unpack: func(*Blob) ([]byte, error) { return nil, err }}
+			_, got := a.Visit(t.Context(), of, v)
+			if !errors.Is(got, err) || ReasonOf(got) != ReasonOf(err) || v.visits != 1 {
+				t.Errorf("%s, visit fails with %v: got %v (%q) after %d visits", order.name, err, got, ReasonOf(got), v.visits)
+			}
+			v = &taker{unpack: func(b *Blob) ([]byte, error) {
+				return nil, b.Unpack(t.Context(), func(io.Reader, Compression) error { return err })
+			}}
+			if _, got := a.Visit(t.Context(), of, v); !errors.Is(got, err) || ReasonOf(got) != ReasonOf(err) {
+				t.Errorf("%s, unpacking fails with %v: got %v (%q)", order.name, err, got, ReasonOf(got))
+			}
+			r := &refusing{err: err}
+			if _, got := a.Visit(t.Context(), of, r); !errors.Is(got, err) || ReasonOf(got) != ReasonOf(err) || r.visits != 0 {
+				t.Errorf("%s, resolved fails with %v: got %v (%q) after %d visits", order.name, err, got, ReasonOf(got), r.visits)
+			}
 		}
 	}
 }

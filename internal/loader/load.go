@@ -195,7 +195,13 @@ func (l *load) read(it *item) {
 	}
 	if err == nil {
 		if l.parallel {
-			_, err = it.archive.Visit(l.ctx, it.img, &visitor{l: l, it: it})
+			var img *archive.Image
+			if img, err = it.archive.Visit(l.ctx, it.img, &visitor{l: l, it: it}); err == nil {
+				l.mu.Lock()
+				l.drop(it) // its signatures may have come since
+				l.hold(it, img)
+				l.mu.Unlock()
+			}
 		} else {
 			err = l.inOrder(it)
 		}

@@ -53,6 +53,8 @@ func chain(layers []archive.Layer) []string {
 
 // has reports whether a layer is in the store.
 func (s *Store) has(id string) bool {
+	s.lib.Lock()
+	defer s.lib.Unlock()
 	_, err := s.store.Layer(id)
 	return err == nil
 }
@@ -84,7 +86,9 @@ func (s *Store) copySource(d digest.Digest) (string, error) {
 	if broken || !s.parallel() {
 		return "", nil
 	}
+	s.lib.Lock()
 	all, err := s.store.LayersByUncompressedDigest(d)
+	s.lib.Unlock()
 	if err != nil && !errors.Is(err, storage.ErrLayerUnknown) {
 		return "", fmt.Errorf("look for layer %s: %w", d, err)
 	}
@@ -180,7 +184,10 @@ func (s *Store) copyLayer(ctx context.Context, layer archive.Layer) error {
 			return need
 		}
 		tree, split = filepath.Join(s.home(), id, "diff"), s.splitPath(id)
-		if from, err := s.store.Layer(id); err == nil {
+		s.lib.Lock()
+		from, err := s.store.Layer(id)
+		s.lib.Unlock()
+		if err == nil {
 			like.Blob, like.Compression = from.CompressedDigest, from.CompressionType
 		}
 	}
@@ -269,6 +276,8 @@ func (s *Store) commitLayers(images []*archive.Image, errs []error) {
 			}
 		}
 	}
+	s.lib.Lock()
+	defer s.lib.Unlock()
 	elsewhere := s.elsewhere(images)
 	if err := s.openLayers(); err != nil {
 		fail(err)

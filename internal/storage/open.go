@@ -58,6 +58,7 @@ type Store struct {
 	prepared func() error
 	tar      *sarchive.TarOptions // how this driver wants its layers extracted; nil: layers in order, through the library
 
+	lib    sync.Mutex // of calls into store: its bookkeeping of locks is not made for several readers at once
 	mu     sync.Mutex
 	staged map[digest.Digest][]*staged
 	broken map[digest.Digest]bool // cannot be copied from a layer of the store

@@ -36,7 +36,9 @@ func (s *Store) PutLayer(ctx context.Context, layers []archive.Layer, n int, b *
 		counter := &count{}
 		input := &watched{r: archive.NewVerifier(plain, l.DiffID)}
 		options := &storage.LayerOptions{OriginalDigest: l.Digest, OriginalSize: &l.Size, UncompressedDigest: l.DiffID}
+		s.lib.Lock()
 		_, _, err := s.store.PutLayer(id, parent, nil, "", false, options, io.TeeReader(input, counter))
+		s.lib.Unlock()
 		size = counter.n
 		switch {
 		case input.err != nil && input.err != io.EOF:

@@ -14,6 +14,8 @@ import (
 // image's, it has the digest that the reference pins, and its layers are
 // there. The store is read once, whatever the number of images.
 func (s *Store) Present(_ context.Context, images []manifest.Image) ([]bool, error) {
+	s.lib.Lock()
+	defer s.lib.Unlock()
 	all, err := s.store.Images()
 	if err != nil {
 		return nil, fmt.Errorf("list images: %w", err)

@@ -134,6 +134,8 @@ func (s *Store) requirements(path string) signature.PolicyRequirements {
 // and writes images.json once for all that are new. What needs more, an image
 // that is there under another name or a name that moves, the library does.
 func (s *Store) record(ctx context.Context, images []*archive.Image, records []*record, errs []error) {
+	s.lib.Lock()
+	defer s.lib.Unlock()
 	if err := s.recordFresh(images, errs); err != nil {
 		for i := range errs {
 			if errs[i] == nil {
