@@ -179,10 +179,19 @@ func (s *Store) extract(diffID digest.Digest, plain io.Reader) (_ *staged, err e
 		return nil, input.err // whatever the extractor made of it
 	case errors.Is(err, tsstorage.ErrDuplicatePath): // the store could not give the layer back
 		return nil, &archive.Error{Reason: archive.Unsupported, Err: err}
-	case archive.ReasonOf(err) == "" && !errors.As(err, new(syscall.Errno)):
-		return nil, &archive.Error{Reason: archive.CorruptArchive, Err: err} // not the disk's fault, so the layer's
+	case archive.ReasonOf(err) == "" && !isOurs(err):
+		return nil, &archive.Error{Reason: archive.CorruptArchive, Err: err}
 	}
 	return nil, err
+}
+
+// isOurs reports whether an error of extracting is the disk's or the
+// machine's. Any other is the layer's: a link to nothing, a name too long.
+func isOurs(err error) bool {
+	var errno syscall.Errno
+	return errors.As(err, &errno) && slices.Contains([]syscall.Errno{
+		syscall.ENOSPC, syscall.EDQUOT, syscall.EIO, syscall.EROFS, syscall.ENOMEM, syscall.EMFILE, syscall.ENFILE,
+	}, errno)
 }
 
 type count struct{ n int64 }
