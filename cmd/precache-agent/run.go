@@ -262,7 +262,17 @@ func (s *service) run(ctx context.Context) error {
 		s.total.Images++
 		s.total.Failed++
 	}
-	if err := s.load(ctx, part, store, essential); err != nil {
+	// The moment the last archive is read, and so before READY: the installer, for one, must find the disk unused.
+	allRead := func() {
+		if err := release(); err != nil {
+			s.log.Error("partition cannot be released", "error", err)
+		}
+	}
+	first := allRead
+	if rest != nil {
+		first = nil
+	}
+	if err := s.load(ctx, part, store, essential, first); err != nil {
 		return err
 	}
 	if rest != nil {
@@ -272,13 +282,9 @@ func (s *service) run(ctx context.Context) error {
 		if err := systemd.LowerWeight(ctx, "precache-agent.service"); err != nil {
 			s.log.Info("weight cannot be lowered", "error", err)
 		}
-		if err := s.load(ctx, part, store, rest); err != nil {
+		if err := s.load(ctx, part, store, rest, allRead); err != nil {
 			return err
 		}
-	}
-	// Before READY: the installer, for one, must find the disk unused.
-	if err := release(); err != nil {
-		s.log.Error("partition cannot be released", "error", err)
 	}
 	if rest == nil {
 		s.m.Reached("ready")
@@ -311,10 +317,10 @@ func (s *service) listed(part *archive.Partition, set *manifest.Set) {
 	s.log.Info("set is read", "groups", strings.Join(set.Groups, " "), "images", len(set.Images), "bad_lines", len(set.Bad), "bytes", s.size)
 }
 
-func (s *service) load(ctx context.Context, part *archive.Partition, store *storage.Store, images []manifest.Image) error {
+func (s *service) load(ctx context.Context, part *archive.Partition, store *storage.Store, images []manifest.Image, allRead func()) error {
 	before := part.BytesRead()
 	sum, err := loader.Load(ctx, loader.Options{
-		Images: images, Partition: part, Store: store, Jobs: s.jobs, Attempts: s.f.attempts, Report: s.event,
+		Images: images, Partition: part, Store: store, Jobs: s.jobs, Attempts: s.f.attempts, Report: s.event, AllRead: allRead,
 	})
 	t := &s.total
 	t.Images += sum.Images

@@ -76,9 +76,11 @@ func newImage(t testing.TB, s fixture.ImageSpec) *fixture.Image {
 	return img
 }
 
+// imageOf is an image of docker's flavour, unless it has a zstd layer: only OCI manifests know these.
 func imageOf(t testing.TB, layers ...*fixture.Layer) *fixture.Image {
 	t.Helper()
-	return newImage(t, fixture.ImageSpec{Layers: layers})
+	zstd := slices.ContainsFunc(layers, func(l *fixture.Layer) bool { return l.Compression == fixture.Zstd })
+	return newImage(t, fixture.ImageSpec{Layers: layers, OCI: zstd})
 }
 
 func newList(t testing.TB, s fixture.ListSpec) *fixture.Image {
@@ -138,7 +140,6 @@ type taker struct {
 	known   []digest.Digest             // blobs that are wanted even before the image is known
 	none    bool                        // wants nothing but known
 	unpack  func(*Blob) ([]byte, error) // nil: reads the plain content
-	check   bool                        // hash what is read of each blob, too
 	img     *Image
 	got     map[digest.Digest][]byte // plain content, by blob
 	order   []string                 // what happened: "resolved", or a blob

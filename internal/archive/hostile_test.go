@@ -150,8 +150,9 @@ func TestHostileMetadata(t *testing.T) {
 		{"layer of no size", edit(func(m *v1.Manifest) { m.Layers[1].Size = 0 }), DigestMismatch},
 		{"layer of 8 EiB", edit(func(m *v1.Manifest) { m.Layers[1].Size = 1<<63 - 1 }), DigestMismatch},
 		{"foreign layer", layerType("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"), Unsupported},
-		{"foreign layer, OCI", layerType(v1.MediaTypeImageLayerNonDistributableGzip), Unsupported}, //nolint:staticcheck // it is still met
+		{"foreign layer, OCI", layerType("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"), Unsupported},
 		{"encrypted layer", layerType(v1.MediaTypeImageLayerGzip + "+encrypted"), Unsupported},
+		{"zstd layer in a docker manifest", layerType("application/vnd.docker.image.rootfs.diff.tar.zstd"), Unsupported}, // as for containers/image
 		{"layer of unknown kind", layerType("application/x-tar"), Unsupported},
 		{"layer of no kind", edit(func(m *v1.Manifest) { m.Layers[0].MediaType = "" }), Unsupported},
 		{"config with a layer more", fixture.ImageSpec{Layers: []*fixture.Layer{x, y}, DiffIDs: []digest.Digest{x.DiffID, y.DiffID, x.DiffID}}, CorruptArchive},

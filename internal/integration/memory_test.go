@@ -52,7 +52,7 @@ func TestMemory(t *testing.T) {
 		}},
 		{"configs of almost 4 MiB", func(t *testing.T) string {
 			var items []fixture.Item
-			for n := range 24 {
+			for n := range 16 {
 				b := &badBuilder{t: t, name: fmt.Sprint("config", n)}
 				spec := fixture.ImageSpec{Layers: []*fixture.Layer{b.layer()}, History: nil}
 				spec.Config.Labels = map[string]string{"large": strings.Repeat("x", 4<<20-4096)}

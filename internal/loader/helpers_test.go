@@ -42,7 +42,7 @@ func text(t testing.TB, s string) *fixture.Layer {
 
 func imageOf(t testing.TB, layers ...*fixture.Layer) *fixture.Image {
 	t.Helper()
-	img, err := fixture.NewImage(fixture.ImageSpec{Layers: layers})
+	img, err := fixture.NewImage(fixture.ImageSpec{OCI: true, Layers: layers})
 	must(t, err)
 	return img
 }
@@ -53,7 +53,8 @@ type run struct {
 	dir    string
 	store  *store
 	images []manifest.Image
-	jobs   int // 0: 2
+	jobs   int    // 0: 2
+	read   func() // when all is read
 
 	mu     sync.Mutex
 	events []loader.Event
@@ -108,7 +109,7 @@ func (r *run) load(ctx context.Context) {
 		defer close(done)
 		r.sum, r.err = loader.Load(ctx, loader.Options{
 			Images: r.images, Partition: &archive.Partition{Root: root, Path: r.dir, Room: &archive.Room{}},
-			Store: r.store, Jobs: r.jobs, Report: r.report,
+			Store: r.store, Jobs: r.jobs, Report: r.report, AllRead: r.read,
 		})
 	}()
 	select {

@@ -139,6 +139,9 @@ func TestInterruptedReason(t *testing.T) {
 			r.load(ctx)
 			must(t, r.err)
 			r.wantFailed(img, archive.Interrupted)
+			if r.count(img, loader.Retrying) != 0 {
+				t.Error("tried again after the end")
+			}
 			if r.store.unstages != 0 {
 				t.Error("what was staged was removed")
 			}

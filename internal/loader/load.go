@@ -35,6 +35,7 @@ type Options struct {
 	Jobs      int         // archives read at once, at most MaxJobs; 0: GOMAXPROCS
 	Attempts  int         // of an image whose failure may pass; 0: 3
 	Report    func(Event) // called by one goroutine at a time
+	AllRead   func()      // called when no archive has to be read any more, before Load returns; nil: nobody asks
 }
 
 // Load loads the images that are not in the store. It returns when all of them
@@ -50,6 +51,9 @@ func Load(ctx context.Context, o Options) (Summary, error) {
 	}
 	if o.Report == nil {
 		o.Report = func(Event) {}
+	}
+	if o.AllRead == nil {
+		o.AllRead = func() {}
 	}
 	l := &load{
 		o: o, ctx: ctx, began: time.Now(),
@@ -71,8 +75,10 @@ func Load(ctx context.Context, o Options) (Summary, error) {
 		}
 		l.queue = append(l.queue, &item{img: img})
 	}
-	l.open = len(l.queue)
-	if l.open > 0 {
+	l.open, l.unread = len(l.queue), len(l.queue)
+	if l.open == 0 {
+		o.AllRead()
+	} else {
 		if l.parallel, err = o.Store.Prepare(ctx); err != nil {
 			return l.sum, fmt.Errorf("prepare store: %w", err)
 		}
@@ -104,7 +110,10 @@ type load struct {
 	queue  []*item // to be read
 	ready  []*item // to be committed
 	open   int     // items neither loaded nor failed
-	held   int64   // bytes of metadata that items hold
+	unread int     // those of them whose archive may have to be read
+	told   bool    // AllRead was called
+	wg     sync.WaitGroup
+	held   int64 // bytes of metadata that items hold
 	layers map[digest.Digest]*needed
 	blobs  map[digest.Digest]digest.Digest // diffIDs of the layers that are known to be needed
 	sum    Summary
@@ -120,6 +129,7 @@ type item struct {
 	need     []digest.Digest // diffIDs of the layers that have to be staged for it
 	started  time.Time
 	complete time.Time // when its last layer was staged
+	read     bool      // it waits for the committer, or the committer has it
 	attempts int
 	needs    int // times that Commit wanted layers after all
 }
@@ -150,12 +160,11 @@ func (l *load) run(jobs int) {
 	}
 	stop := context.AfterFunc(l.ctx, l.wake)
 	defer stop()
-	var wg sync.WaitGroup
 	for range jobs {
-		wg.Go(l.work)
+		l.wg.Go(l.work)
 	}
-	wg.Go(l.commit)
-	wg.Wait()
+	l.wg.Go(l.commit)
+	l.wg.Wait()
 }
 
 // wake makes everybody look again.
@@ -209,6 +218,7 @@ func (l *load) read(it *item) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err != nil {
+		l.drop(it)
 		l.failed(it, err)
 		return
 	}
@@ -222,6 +232,7 @@ func (l *load) settle(it *item) {
 		switch layer := l.layers[d]; layer.state {
 		case free: // the copy that this one was skipped for was bad, or it is not in this archive
 			if it.meta != nil && it.meta.Lacks(d) {
+				l.drop(it)
 				l.failed(it, &archive.Error{Reason: archive.CorruptArchive, Err: fmt.Errorf("read %s: layer %s is missing", it.archive.Name, d)})
 				return
 			}
@@ -241,11 +252,7 @@ func (l *load) settle(it *item) {
 	case it.meta == nil:
 		l.again(it)
 	default:
-		it.complete = time.Now()
-		if l.ready = append(l.ready, it); len(l.ready) == 1 {
-			time.AfterFunc(gather, l.wake)
-		}
-		l.cond.Broadcast()
+		l.enqueue(it)
 		// The committer makes room, and it waits for nobody.
 		for l.held > maxHeld && l.open > 0 && len(l.ready) > 0 {
 			l.cond.Wait()
@@ -253,7 +260,32 @@ func (l *load) settle(it *item) {
 	}
 }
 
+// enqueue hands an item that has all it needs to the committer, with l.mu held.
+func (l *load) enqueue(it *item) {
+	it.complete = time.Now()
+	if l.ready = append(l.ready, it); len(l.ready) == 1 {
+		time.AfterFunc(gather, l.wake)
+	}
+	l.cond.Broadcast()
+	if !it.read {
+		it.read = true
+		l.oneRead()
+	}
+}
+
+// oneRead takes down, with l.mu held, that one archive less may have to be read.
+func (l *load) oneRead() {
+	if l.unread--; l.unread == 0 && !l.told {
+		l.told = true
+		l.wg.Go(l.o.AllRead)
+	}
+}
+
 func (l *load) again(it *item) {
+	if it.read { // it was, but the store has lost layers meanwhile
+		it.read = false
+		l.unread++
+	}
 	l.queue = append([]*item{it}, l.queue...)
 	l.cond.Broadcast()
 }
@@ -282,9 +314,9 @@ func (l *load) became(d digest.Digest, state layerState) {
 	l.cond.Broadcast()
 }
 
-// failed retries an item later or gives it up, with l.mu held.
+// failed retries an item later or gives it up, with l.mu held. One that has
+// its metadata goes to the committer again, any other is read again.
 func (l *load) failed(it *item, err error) {
-	l.drop(it)
 	reason := reasonOf(err)
 	if l.ctx.Err() != nil {
 		reason = archive.Interrupted
@@ -307,9 +339,17 @@ func (l *load) failed(it *item, err error) {
 			}
 			l.mu.Lock()
 			defer l.mu.Unlock()
-			l.again(it)
+			if it.meta != nil {
+				l.enqueue(it)
+			} else {
+				l.again(it)
+			}
 		}()
 		return
+	}
+	l.drop(it)
+	if !it.read {
+		l.oneRead()
 	}
 	l.sum.Failed++
 	l.report(e)

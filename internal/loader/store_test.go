@@ -172,7 +172,10 @@ func (s *store) Unstage() error {
 	return nil
 }
 
-func (s *store) Placed(_ context.Context, layers []archive.Layer) (int, error) {
+func (s *store) Placed(ctx context.Context, layers []archive.Layer) (int, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i, id := range chain(layers) {
@@ -205,8 +208,11 @@ func (s *store) PutLayer(ctx context.Context, layers []archive.Layer, n int, b *
 	return size, nil
 }
 
-func (s *store) Sync(context.Context) error {
+func (s *store) Sync(ctx context.Context) error {
 	if err := s.call(s.onSync); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -229,7 +235,7 @@ type needError struct{ diffID digest.Digest }
 func (e needError) Error() string           { return fmt.Sprintf("layer %s is missing", e.diffID) }
 func (e needError) Needed() []digest.Digest { return []digest.Digest{e.diffID} }
 
-func (s *store) Commit(_ context.Context, images []*archive.Image) []error {
+func (s *store) Commit(ctx context.Context, images []*archive.Image) []error {
 	errs := make([]error, len(images))
 	s.mu.Lock()
 	s.batches = append(s.batches, len(images))
@@ -237,6 +243,9 @@ func (s *store) Commit(_ context.Context, images []*archive.Image) []error {
 	for i, img := range images {
 		if s.onCommit != nil {
 			errs[i] = s.onCommit(img)
+		}
+		if errs[i] == nil {
+			errs[i] = ctx.Err()
 		}
 		if errs[i] == nil {
 			errs[i] = s.commit(img)

@@ -17,10 +17,16 @@ import (
 // each file in its folder. Only times of folders that the layer itself does not name may differ.
 func Compare(t testing.TB, got, want *Store) {
 	t.Helper()
-	c := comparison{got: got, want: want}
+	c := compare(t, got, want)
+	c.report(t, "store "+got.Root+" is not like "+want.Root)
+}
+
+func compare(t testing.TB, got, want *Store) *comparison {
+	t.Helper()
+	c := &comparison{got: got, want: want}
 	c.images(t)
 	c.layers(t)
-	c.report(t, "store "+got.Root+" is not like "+want.Root)
+	return c
 }
 
 // CompareMounted fails the test if podman, mounting each image of both stores, shows different trees.

@@ -48,8 +48,15 @@ func Run(t *testing.T, open func(t *testing.T) loader.Store) {
 			must(t, err)
 			t.Cleanup(func() { root.Close() })
 			s := &suite{T: t, store: open(t), dir: dir, part: &archive.Partition{Root: root, Path: dir, Room: &archive.Room{}}}
+			s.wantPresent(false, manifest.Image{Ref: repo + ":none"}) // may be asked before the store is prepared
+			must(t, s.store.Unstage())
 			s.parallel, err = s.store.Prepare(t.Context())
 			must(t, err)
+			again, err := s.store.Prepare(t.Context())
+			must(t, err)
+			if again != s.parallel {
+				t.Errorf("prepared again, parallel is %v", again)
+			}
 			test(s)
 		})
 	}
@@ -309,6 +316,7 @@ func empty(s *suite) {
 // What was put and committed is there, and committing it again changes nothing.
 func load(s *suite) {
 	i := s.stage(repo, s.image(s.text("x"), s.text("y"), s.text("z")), nil)
+	must(s.T, s.store.Allowed(s.Context(), i.meta))
 	i.put()
 	i.wantMissing()
 	s.wantPresent(false, i.meta.Of)
