@@ -32,6 +32,7 @@ const agentUnit = "precache-agent.service"
 
 func doctorCommand() *cobra.Command {
 	var o storage.Options
+	var label string
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Show what one asks when a site is slow or broken",
@@ -44,7 +45,7 @@ images were really started after it, the partition, the store, versions. Exit co
 			d := &doctor{out: cmd.OutOrStdout()}
 			d.versions()
 			d.units(cmd)
-			d.partition()
+			d.partition(label)
 			d.store(o)
 			if d.faults > 0 {
 				return &exitError{code: exitIncomplete, hint: fmt.Sprintf("%s above, marked with !", plural(d.faults, "fault"))}
@@ -52,6 +53,7 @@ images were really started after it, the partition, the store, versions. Exit co
 			return nil
 		},
 	}
+	cmd.Flags().StringVar(&label, "label", "data", "GPT label of the partition")
 	storeFlags(cmd, &o)
 	return cmd
 }
@@ -76,11 +78,7 @@ func (d *doctor) versions() {
 	if b, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
 		d.say("kernel", "%s", strings.TrimSpace(string(b)))
 	}
-	if b, err := os.ReadFile("/proc/self/attr/current"); err == nil {
-		d.say("SELinux", "%s", strings.Trim(string(b), "\x00\n"))
-	} else {
-		d.say("SELinux", "off")
-	}
+	d.say("SELinux", "%s", selinuxContext())
 	for _, dir := range []string{"/run/precache-agent", "/var/lib/precache-agent"} {
 		if fi, err := os.Stat(filepath.Join(dir, "metrics.prom")); err == nil {
 			d.say("last run", "left %s at %s", filepath.Join(dir, "metrics.prom"), fi.ModTime().UTC().Format(time.RFC3339))
@@ -88,6 +86,15 @@ func (d *doctor) versions() {
 		}
 	}
 	d.fault("last run", "has left nothing: the agent did not run on this node")
+}
+
+// selinuxContext is that of this process (selinux(8)).
+func selinuxContext() string {
+	b, err := os.ReadFile("/proc/self/attr/current")
+	if context := strings.Trim(string(b), "\x00\n"); err == nil && context != "" {
+		return context
+	}
+	return "off"
 }
 
 // units compares, on the clock that does not jump, when the agent was ready and when the others started.
@@ -128,14 +135,14 @@ func (d *doctor) units(cmd *cobra.Command) {
 	}
 }
 
-func (d *doctor) partition() {
-	const link = "/dev/disk/by-partlabel/data"
+func (d *doctor) partition(label string) {
+	link := filepath.Join("/dev/disk/by-partlabel", label)
 	device, err := filepath.EvalSymlinks(link)
 	if err != nil {
 		d.fault("partition", "there is no %s", link)
 		return
 	}
-	d.say("partition", "data is %s", device)
+	d.say("partition", "%s is %s", label, device)
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return
@@ -157,5 +164,5 @@ func (d *doctor) store(o storage.Options) {
 		d.fault("store", "%v", err)
 		return
 	}
-	d.say("store", "%s (%s): %s, %s, %s free", info.GraphRoot, info.Driver, plural(info.Images, "image"), plural(info.Layers, "layer"), size(info.Free))
+	d.say("store", "%s (%s, SELinux %s): %s, %s, %s free", info.GraphRoot, info.Driver, info.Label, plural(info.Images, "image"), plural(info.Layers, "layer"), size(info.Free))
 }

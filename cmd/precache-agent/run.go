@@ -142,6 +142,7 @@ func runService(cmd *cobra.Command, f runFlags) error {
 	}
 	s.m.Reached("start")
 	s.write(s.files[:1])
+	s.log.Info("starting", "version", version, "selinux", selinuxContext())
 	err := s.run(ctx)
 	code := exitOK
 	var e *exitError
@@ -347,6 +348,7 @@ func (s *service) event(e loader.Event) {
 	switch e.State {
 	case loader.Loaded, loader.Present:
 		s.ended++
+		s.notify.Moved() // into the store, and synced
 		s.log.Info("image is "+string(e.State), attrs...)
 	case loader.Failed:
 		s.ended++
@@ -359,7 +361,7 @@ func (s *service) event(e loader.Event) {
 // moved is told by whoever reads from the partition.
 func (s *service) moved(bytes int64) {
 	s.bytes.Store(bytes)
-	s.notify.Moved(bytes)
+	s.notify.Moved()
 }
 
 // keepWriting keeps the metrics file and the status line fresh until done is closed.

@@ -20,6 +20,7 @@ func TestMain(m *testing.M) {
 }
 
 func TestContract(t *testing.T) {
+	t.Setenv("GORACE", "atexit_sleep_ms=0 "+os.Getenv("GORACE")) // each layer of vfs is a process, and else they sleep for a second
 	for _, driver := range []string{"overlay", "vfs"} {
 		t.Run(driver, func(t *testing.T) {
 			at := storetest.Mount(t, storetest.Tmpfs)

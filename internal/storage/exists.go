@@ -3,6 +3,8 @@ package storage
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
+	"strings"
 
 	"github.com/containers/image/v5/docker/reference"
 	is "github.com/containers/image/v5/storage"
@@ -47,7 +49,8 @@ type Info struct {
 	Driver    string
 	Images    int
 	Layers    int
-	Free      int64 // bytes of the file system that an ordinary user may still take
+	Free      int64  // bytes of the file system that an ordinary user may still take
+	Label     string // SELinux context of the layers' folder; "off" if it has none
 }
 
 // Look looks into the store, without the agent's lock and without changing anything.
@@ -73,5 +76,9 @@ func Look(o Options) (Info, error) {
 	if err := unix.Statfs(so.GraphRoot, &fs); err != nil {
 		return Info{}, fmt.Errorf("look at file system of %s: %w", so.GraphRoot, err)
 	}
-	return Info{GraphRoot: so.GraphRoot, Driver: so.GraphDriverName, Images: len(images), Layers: len(layers), Free: int64(fs.Bavail) * fs.Bsize}, nil
+	label, buf := "off", make([]byte, 4096)
+	if n, err := unix.Lgetxattr(filepath.Join(so.GraphRoot, so.GraphDriverName), "security.selinux", buf); err == nil {
+		label = strings.TrimRight(string(buf[:n]), "\x00")
+	}
+	return Info{Label: label, GraphRoot: so.GraphRoot, Driver: so.GraphDriverName, Images: len(images), Layers: len(layers), Free: int64(fs.Bavail) * fs.Bsize}, nil
 }

@@ -22,7 +22,6 @@ const (
 // used by any number of goroutines.
 type Notifier struct {
 	mu       sync.Mutex
-	bytes    int64
 	extended time.Time
 	ready    bool
 }
@@ -32,15 +31,16 @@ func (n *Notifier) Status(format string, args ...any) {
 	n.send("STATUS=" + fmt.Sprintf(format, args...))
 }
 
-// Moved tells how many bytes have moved so far. If they are more than before,
-// systemd waits longer: a run that stands still runs into its start timeout.
-func (n *Notifier) Moved(bytes int64) {
+// Moved is called when bytes have moved, from the partition or into the store,
+// and never by a clock: systemd then waits longer, and a run that stands still
+// runs into its start timeout.
+func (n *Notifier) Moved() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if bytes <= n.bytes || n.ready || time.Since(n.extended) < pause {
+	if n.ready || time.Since(n.extended) < pause {
 		return
 	}
-	n.bytes, n.extended = bytes, time.Now()
+	n.extended = time.Now()
 	n.send(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", extension.Microseconds()))
 }
 

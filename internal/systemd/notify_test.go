@@ -38,27 +38,23 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-func TestExtendsOnlyWhenBytesMoved(t *testing.T) {
+func TestExtendsWhenBytesMoved(t *testing.T) {
 	next := listen(t)
 	var n Notifier
-	n.Moved(0)
-	if got := next(); got != "" {
+	n.Status("still")
+	if got := next(); got != "STATUS=still" {
 		t.Errorf("nothing moved, but sent %q", got)
 	}
-	n.Moved(10)
+	n.Moved()
 	if got := next(); !strings.HasPrefix(got, "EXTEND_TIMEOUT_USEC=") {
 		t.Errorf("bytes moved, but sent %q", got)
 	}
-	n.Moved(20)
+	n.Moved()
 	if got := next(); got != "" {
 		t.Errorf("told already, but sent %q", got)
 	}
 	n.extended = time.Now().Add(-pause)
-	n.Moved(10)
-	if got := next(); got != "" {
-		t.Errorf("stood still, but sent %q", got)
-	}
-	n.Moved(30)
+	n.Moved()
 	if got := next(); !strings.HasPrefix(got, "EXTEND_TIMEOUT_USEC=") {
 		t.Errorf("bytes moved again, but sent %q", got)
 	}
@@ -69,7 +65,7 @@ func TestReadyOnce(t *testing.T) {
 	var n Notifier
 	n.Ready()
 	n.Ready()
-	n.Moved(1 << 20) // nobody waits any more
+	n.Moved() // nobody waits any more
 	if got := next(); got != "READY=1" {
 		t.Errorf("got %q, want READY=1", got)
 	}
@@ -82,6 +78,6 @@ func TestNobodyListens(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", "")
 	var n Notifier
 	n.Status("x")
-	n.Moved(1)
+	n.Moved()
 	n.Ready()
 }
