@@ -102,8 +102,9 @@ type service struct {
 	retired string // why nothing is loaded any more; empty: it is
 	total   loader.Summary
 	bytes   atomic.Int64
-	size    int64 // of the archives to be read
-	ended   int
+	size    int64        // of the archives to be read
+	ended   atomic.Int64 // images that have their end
+	images  int          // of the set
 	began   time.Time
 }
 
@@ -314,7 +315,8 @@ func (s *service) listed(part *archive.Partition, set *manifest.Set) {
 			s.size += a.Size
 		}
 	}
-	s.m.Listed(len(set.Images) + len(set.Bad))
+	s.images = len(set.Images) + len(set.Bad)
+	s.m.Listed(s.images)
 	s.log.Info("set is read", "groups", strings.Join(set.Groups, " "), "images", len(set.Images), "bad_lines", len(set.Bad), "bytes", s.size)
 }
 
@@ -347,11 +349,11 @@ func (s *service) event(e loader.Event) {
 	attrs := []any{"image", e.Ref, "bytes", e.Bytes, "seconds", e.Took.Seconds()}
 	switch e.State {
 	case loader.Loaded, loader.Present:
-		s.ended++
+		s.ended.Add(1)
 		s.notify.Moved() // into the store, and synced
 		s.log.Info("image is "+string(e.State), attrs...)
 	case loader.Failed:
-		s.ended++
+		s.ended.Add(1)
 		s.log.Error("image failed", append(attrs, "reason", e.Reason, "error", e.Err, "hint", hints[e.Reason])...)
 	case loader.Retrying:
 		s.log.Warn("image is tried again", append(attrs, "reason", e.Reason, "error", e.Err)...)
@@ -374,7 +376,7 @@ func (s *service) keepWriting(done <-chan struct{}) {
 		case <-tick.C:
 			s.write(s.files[:1])
 			bytes := s.bytes.Load()
-			line := fmt.Sprintf("loading, %s of %s", size(bytes), size(s.size))
+			line := fmt.Sprintf("loaded %d/%d, %s of %s", s.ended.Load(), s.images, size(bytes), size(s.size))
 			if bytes > 0 && s.size > bytes {
 				left := time.Duration(float64(time.Since(s.began)) * float64(s.size-bytes) / float64(bytes))
 				line += fmt.Sprintf(", %s left", left.Round(time.Second))

@@ -325,6 +325,39 @@ func TestDockerLayers(t *testing.T) {
 	}
 }
 
+// Layers that are too large to be kept are read again once the made manifest is known; no more often than that.
+func TestDockerLargeLayers(t *testing.T) {
+	x, y := big(t, 1, maxHeld+1), big(t, 2, maxHeld+2)
+	img := imageOf(t, x, y)
+	for _, names := range [][]string{{"x.tar", "y.tar"}, {"x.tar.gz", "y.tar.gz"}, {x.DiffID.Encoded(), y.DiffID.Encoded()}} {
+		for _, c := range []fixture.Compression{fixture.None, fixture.Gzip} {
+			for _, reverse := range []bool{false, true} {
+				b, err := json.Marshal([]dockerItem{{Config: "config.json", Layers: names}})
+				must(t, err)
+				members := []header{
+					{name: "manifest.json", data: b}, {name: "config.json", data: img.Config},
+					{name: names[0], data: pack(t, c, 0, plainOf(t, x))}, {name: names[1], data: pack(t, c, 0, plainOf(t, y))},
+				}
+				if reverse {
+					slices.Reverse(members)
+				}
+				a, of := raw(t, rawTar(true, members...))
+				v := &taker{}
+				got, err := a.Visit(t.Context(), of, v)
+				must(t, err)
+				v.wantContent(t, got)
+				wantMadeManifest(t, got.Manifest, img)
+				if read := float64(a.BytesRead()) / float64(a.Size); read > 2.1 {
+					t.Errorf("%q, compressed %d, reverse %v: read %.2f times the archive", names, c, reverse, read)
+				}
+				if errs := a.Verify(t.Context(), of); len(errs) != 0 {
+					t.Errorf("verify: %v", errs)
+				}
+			}
+		}
+	}
+}
+
 func TestDockerArchive(t *testing.T) {
 	x, y := text(t, "x"), text(t, "y")
 	img, other := imageOf(t, x, y, x), imageOf(t, y)

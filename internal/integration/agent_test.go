@@ -69,14 +69,17 @@ func TestMain(m *testing.M) {
 
 // An event is one line of --progress json: of an image, or the summary.
 type event struct {
-	Event, Ref, Error, Reason       string
-	Bytes                           int64
-	Seconds                         float64
-	Images, Loaded, Present, Failed int
-	LayersWritten                   int   `json:"layers_written"`
-	LayersShared                    int   `json:"layers_shared"`
-	BytesRead                       int64 `json:"bytes_read"`
-	BytesWritten                    int64 `json:"bytes_written"`
+	Event, Ref      string
+	Bytes           int64
+	Seconds         float64
+	Error, Reason   string
+	Images          int
+	Loaded, Present int
+	Failed          int
+	LayersWritten   int   `json:"layers_written"`
+	LayersShared    int   `json:"layers_shared"`
+	BytesRead       int64 `json:"bytes_read"`
+	BytesWritten    int64 `json:"bytes_written"`
 }
 
 // A process is a running agent.
