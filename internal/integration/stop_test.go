@@ -277,3 +277,24 @@ func TestTwoAgents(t *testing.T) {
 		t.Errorf("an agent that waits and gets SIGINT ends with %d, want 130\n%s", o.code, tail(o.err))
 	}
 }
+
+// What a killed run left goes at the next one, even if that finds everything there, or is of other images.
+func TestLeftoversGo(t *testing.T) {
+	storetest.Need(t, "podman")
+	in := storetest.Mount(t, storetest.Tmpfs)
+	dir, _ := partition(t, slow()...)
+	other, _ := partition(t, shapes(t)[0])
+	for name, then := range map[string]string{"the same": dir, "others": other} {
+		t.Run(name, func(t *testing.T) {
+			s := storetest.New(t, in, filepath.Base(then), "overlay")
+			mustLoad(t, s, dir)
+			for _, left := range []string{"staging/" + strings.Repeat("0", 64) + ".1/dir/file", "tmp/image.1/manifest.json"} {
+				path := filepath.Join(s.Root, ".precache-agent", left)
+				check(t, os.MkdirAll(filepath.Dir(path), 0o700))
+				check(t, os.WriteFile(path, []byte("left"), 0o600))
+			}
+			mustLoad(t, s, then)
+			storetest.Check(t, s)
+		})
+	}
+}

@@ -95,10 +95,14 @@ func loop(t testing.TB, kind FS, file string) string {
 	return dev
 }
 
-// tempDir is like t.TempDir, but never follows a mount when it is removed.
+// tempDir is like t.TempDir, but short, and never follows a mount when it is removed.
 func tempDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "storetest-")
+	in := os.TempDir()
+	if len(in) > len("/var/tmp") {
+		in = "/tmp" // podman wants a run root of 50 characters at most
+	}
+	dir, err := os.MkdirTemp(in, "storetest-")
 	if err != nil {
 		t.Fatal(err)
 	}

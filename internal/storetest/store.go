@@ -26,6 +26,9 @@ func New(t testing.TB, in, name, driver string) *Store {
 		Root: filepath.Join(dir, "root"), RunRoot: filepath.Join(dir, "run"), Driver: driver,
 		Dir: dir, Conf: filepath.Join(dir, "storage.conf"),
 	}
+	if len(s.RunRoot) > 50 {
+		t.Fatalf("podman refuses the run root %s: it has more than 50 characters", s.RunRoot)
+	}
 	for _, d := range []string{s.Root, s.RunRoot, filepath.Join(dir, "lib")} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			t.Fatal(err)
