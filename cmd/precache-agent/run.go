@@ -143,7 +143,6 @@ func runService(cmd *cobra.Command, f runFlags) error {
 	}
 	s.m.Reached("start")
 	s.write(s.files[:1])
-	s.log.Info("starting", "version", version, "selinux", selinuxContext())
 	err := s.run(ctx)
 	code := exitOK
 	var e *exitError
@@ -200,6 +199,7 @@ func (s *service) run(ctx context.Context) error {
 		s.retired = fmt.Sprintf("there is %s", s.f.retireWhen)
 		return nil
 	}
+	s.log.Info("waiting for the partition", "partition", s.partition(), "version", version, "selinux", selinuxContext())
 	s.notify.Status("waiting for the partition %s", s.partition())
 	mnt, err := mount.Open(ctx, mount.Options{
 		Label: s.f.label, Device: s.f.device, Wait: s.f.wait,

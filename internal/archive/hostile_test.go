@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -365,6 +366,24 @@ func TestLargeConfig(t *testing.T) {
 	must(t, err)
 	must(t, f.Close())
 	wantBad(t, path, repo+":raw", Unsupported)
+}
+
+// Of what may be a config, only a little is kept until it is known what it is.
+func TestManyLayersThatMayBeConfigs(t *testing.T) {
+	img := imageOf(t, text(t, "x"))
+	var members []fixture.Edit
+	for i := range 16 {
+		members = append(members, fixture.Append(fixture.File(fmt.Sprintf("%s/%064x", fixture.Name(img.Ref(repo)), i), make([]byte, maxHeld))))
+	}
+	a, of := stage(t, fixture.Stage{Compression: fixture.None, Edits: append(members, fixture.ManifestLast)}, repo, img)
+	for name, f := range map[string]func(){
+		"visit":  func() { _, err := take(t, a, of); must(t, err) },
+		"verify": func() { must(t, errors.Join(a.Verify(t.Context(), of)...)) },
+	} {
+		if n := peak(f); n > 32<<20 {
+			t.Errorf("%s takes %d MiB", name, n>>20)
+		}
+	}
 }
 
 // However many members an archive has, and however large its manifest is, it is read in a reasonable time.

@@ -273,7 +273,7 @@ func (b *syncBuffer) String() string {
 }
 
 func tail(s string) string {
-	const most = 6000
+	const most = 3000
 	if len(s) > most {
 		return "..." + s[len(s)-most:]
 	}

@@ -205,7 +205,7 @@ func (s *Store) copyLayer(ctx context.Context, layer archive.Layer) error {
 		if ctx.Err() != nil || errors.Is(err, syscall.ENOSPC) {
 			return fmt.Errorf("copy layer %s: %w", layer.DiffID, err)
 		}
-		if like.path != "" {
+		if like.path != "" && like.readMark() == nil {
 			return &archive.Error{Reason: archive.Unsupported, Err: fmt.Errorf("layer %s stands twice, and cannot be had from what it makes: %w", layer.DiffID, err)}
 		}
 		s.mu.Lock()
@@ -440,6 +440,10 @@ func (s *Store) place(p *placement) (err error) {
 			err = errors.Join(err, s.driver.Remove(id), removeIfThere(s.splitPath(id)))
 		}
 	}()
+	// From here on it is not whole: a next run must not take it for staged.
+	if err := os.Remove(filepath.Join(p.staged.path, markName)); err != nil {
+		return fmt.Errorf("unmark staged layer: %w", err)
+	}
 	tree := filepath.Join(p.staged.path, treeName)
 	// The root has the mode and the owner that the driver would have given it.
 	var st unix.Stat_t

@@ -49,8 +49,7 @@ func (s *Store) findStaged() error {
 	}
 	for _, e := range entries {
 		l := &staged{path: filepath.Join(s.staging, e.Name())}
-		b, err := os.ReadFile(filepath.Join(l.path, markName))
-		if err == nil && json.Unmarshal(b, l) == nil && l.Boot == s.boot && l.DiffID.Validate() == nil && s.parallel() {
+		if s.parallel() && l.readMark() == nil && l.Boot == s.boot {
 			s.staged[l.DiffID] = append(s.staged[l.DiffID], l)
 			continue
 		}
@@ -87,6 +86,24 @@ func (s *Store) Stage(ctx context.Context, diffID digest.Digest, b *archive.Blob
 		return 0, fmt.Errorf("extract layer %s: %w", diffID, err)
 	}
 	return l.Size, s.mark(l)
+}
+
+// readMark reads what a complete layer says of itself. A layer that was being
+// moved into the store when the agent was killed is complete no more.
+func (l *staged) readMark() error {
+	b, err := os.ReadFile(filepath.Join(l.path, markName))
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{treeName, splitName} {
+		if _, err := os.Lstat(filepath.Join(l.path, name)); err != nil {
+			return err
+		}
+	}
+	if err := json.Unmarshal(b, l); err != nil {
+		return err
+	}
+	return l.DiffID.Validate()
 }
 
 var compressions = map[archive.Compression]sarchive.Compression{
@@ -131,18 +148,20 @@ func (s *Store) forget(l *staged) {
 	}
 }
 
-// Unstage removes what is staged.
+// Unstage removes what is staged, and what a killed run has left.
 func (s *Store) Unstage() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	clear(s.staged)
-	entries, err := os.ReadDir(s.staging)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("read staging folder: %w", err)
-	}
 	var errs []error
-	for _, e := range entries {
-		errs = append(errs, os.RemoveAll(filepath.Join(s.staging, e.Name())))
+	for _, dir := range []string{s.staging, s.tmp} {
+		entries, err := os.ReadDir(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("read staging folder: %w", err)
+		}
+		for _, e := range entries {
+			errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+		}
 	}
 	return errors.Join(errs...)
 }
