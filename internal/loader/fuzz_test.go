@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -142,6 +143,7 @@ func scripted(t *testing.T, s *script, layers []*fixture.Layer) {
 	defer cancel()
 	var mu sync.Mutex
 	troubled := false // the store has failed, or the run was interrupted
+	lost := false     // the store has lost layers
 	happen := func(diffID digest.Digest) error {
 		what := s.pick(12)
 		if what == 0 {
@@ -164,7 +166,7 @@ func scripted(t *testing.T, s *script, layers []*fixture.Layer) {
 			return &archive.Error{Reason: archive.Policy, Err: errors.New("refused")}
 		case 5:
 			if diffID != "" {
-				troubled = true
+				troubled, lost = true, true
 				return needError{diffID}
 			}
 		case 6:
@@ -180,7 +182,16 @@ func scripted(t *testing.T, s *script, layers []*fixture.Layer) {
 		return nil
 	}
 	synced := true // no image was committed and then not synced
-	r.store.onStage = happen
+	var read atomic.Bool
+	r.read = func() { read.Store(true) }
+	r.store.onStage = func(d digest.Digest) error {
+		mu.Lock()
+		if read.Load() && !lost {
+			t.Error("a layer is read after all was read")
+		}
+		mu.Unlock()
+		return happen(d)
+	}
 	r.store.onStaged = happen
 	r.store.onMissing = func([]archive.Layer) error { return happen("") }
 	r.store.onCommit = func(img *archive.Image) error {

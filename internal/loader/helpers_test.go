@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -100,7 +101,7 @@ func (r *run) load(ctx context.Context) {
 	root, err := os.OpenRoot(r.dir)
 	must(r.TB, err)
 	defer root.Close()
-	done := make(chan struct{})
+	done, told := make(chan struct{}), atomic.Int32{}
 	r.events, r.sum = nil, loader.Summary{}
 	if r.jobs == 0 {
 		r.jobs = 2
@@ -109,7 +110,13 @@ func (r *run) load(ctx context.Context) {
 		defer close(done)
 		r.sum, r.err = loader.Load(ctx, loader.Options{
 			Images: r.images, Partition: &archive.Partition{Root: root, Path: r.dir, Room: &archive.Room{}},
-			Store: r.store, Jobs: r.jobs, Report: r.report, AllRead: r.read,
+			Store: r.store, Jobs: r.jobs, Report: r.report,
+			AllRead: func() {
+				told.Add(1)
+				if r.read != nil {
+					r.read()
+				}
+			},
 		})
 	}()
 	select {
@@ -124,6 +131,9 @@ func (r *run) load(ctx context.Context) {
 		}
 	}
 	if r.err == nil {
+		if n := told.Load(); n != 1 {
+			r.Errorf("told %d times that all is read", n)
+		}
 		r.wantEvents()
 	}
 }
