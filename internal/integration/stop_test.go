@@ -259,8 +259,10 @@ func TestHalfMoved(t *testing.T) {
 				check(t, os.RemoveAll(filepath.Join(filepath.Dir(mark), what)))
 			}
 			want := len(distinct(staged)) - complete(t, s)
+			index, _ := os.ReadFile(filepath.Join(s.Root, "overlay-layers/layers.json"))
+			committing := len(index) > len("[]") // it was killed later than was meant: how many it had done is not known
 			o := mustLoad(t, s, dir)
-			if o.sum.LayersWritten != want || strings.Contains(o.out, "retrying") {
+			if !committing && o.sum.LayersWritten != want || strings.Contains(o.out, "retrying") {
 				t.Errorf("%d layers are written, want %d, and nothing retried:\n%s", o.sum.LayersWritten, want, tail(o.out))
 			}
 			storetest.Check(t, s)
